@@ -1,0 +1,81 @@
+"""The act step: one tool call."""
+
+from __future__ import annotations
+
+import time
+
+from msgspec import Struct
+from temporalio import activity
+
+from activities.capabilities.registry import CapabilityRegistry, call_tool
+from activities.step import call_step
+from domain.events import ToolOutputDelta, ToolProgress
+from domain.turns import ActInput, StepRef, ToolSettlement, TurnState
+from workflows import contract
+
+
+class ActActivity:
+    def __init__(self, state: TurnState, capabilities: CapabilityRegistry) -> None:
+        self._state = state
+        self._capabilities = capabilities
+
+    @activity.defn(name=contract.ACT)
+    async def act(self, input: ActInput) -> ToolSettlement:
+        """Run one tool call. The mirror claims and settles it; its result is an `ActResult`."""
+        step = call_step()
+        claim = step.claim
+        resolved = self._capabilities.resolve(claim.config.capabilities)
+        tool = resolved.tool(claim.call.name)
+        if tool is None:
+            names = ", ".join(sorted(one.tool.name for one in resolved.tools)) or "none"
+            error = f"Unknown tool `{claim.call.name}`. Available tools: {names}."
+            return ToolSettlement(status="error", error=error)
+        context = RunningCall(
+            state=self._state,
+            ref=step.ref,
+            tool_name=claim.call.name,
+            tool_call_id=claim.call.id,
+            idempotency_key=input.idempotency_key,
+            timezone=claim.timezone,
+        )
+        started = time.monotonic()
+        outcome = await call_tool(tool.tool, context, claim.call.arguments)
+        return ToolSettlement(
+            status=outcome.status.value,
+            result=outcome.result,
+            error=outcome.error,
+            duration_ms=round((time.monotonic() - started) * 1000),
+            capability_id=tool.capability.id,
+            capability_name=tool.capability.name,
+        )
+
+
+class RunningCall(Struct, frozen=True, kw_only=True):
+    """The `ToolContext` of a call."""
+
+    state: TurnState
+    ref: StepRef
+    tool_name: str
+    tool_call_id: str
+    idempotency_key: str
+    timezone: str | None
+
+    @property
+    def session_id(self) -> str:
+        return self.ref.session_id
+
+    @property
+    def turn_id(self) -> str:
+        return self.ref.turn_id
+
+    @property
+    def attempt(self) -> int:
+        return self.ref.attempt
+
+    async def progress(self, message: str) -> None:
+        payload = ToolProgress(tool_call_id=self.tool_call_id, tool_name=self.tool_name, message=message)
+        await self.state.append_tool_event(self.ref, self.tool_call_id, payload)
+
+    async def output(self, text: str, stream: str = "stdout") -> None:
+        payload = ToolOutputDelta(tool_call_id=self.tool_call_id, tool_name=self.tool_name, delta=text, stream=stream)
+        await self.state.append_tool_event(self.ref, self.tool_call_id, payload)

@@ -1,0 +1,208 @@
+"""The composition root: builds the engine's parts from settings and runs them. Nothing else knows them all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import AsyncIterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Final
+
+import structlog
+from msgspec import Struct
+from temporalio.api.enums.v1 import IndexedValueType
+from temporalio.client import Client
+
+from activities.act import ActActivity
+from activities.bookkeeping import BookkeepingActivities
+from activities.capabilities.registry import builtin_registry
+from activities.llm import driver_for
+from activities.llm.llmsim import parse_script
+from activities.mirror import EventMirror
+from activities.reason import ReasonActivity
+from api.app import create_app
+from api.background import BackgroundTasks
+from api.reconciler import Reconciler
+from api.services import Services
+from api.streams import StreamHub, StreamLimits, StreamTiming
+from db.database import Database
+from db.event_log import EventLog
+from db.messages import MessageStore
+from db.turn_store import TurnStore
+from infra.event_bus import EventBus
+from infra.http_server import HttpServer
+from infra.settings import Settings
+from infra.temporal_client import connect_temporal, ensure_search_attributes
+from infra.temporal_worker import WorkerOptions, running_workers
+from infra.turn_gateway import TemporalTurns, TurnOptions
+from workflows import contract
+from workflows.turn import Turn
+
+SEARCH_ATTRIBUTE_TYPES: Final = {
+    key.name: IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD for key in contract.SEARCH_ATTRIBUTES
+}
+BACKGROUND_GRACE_SECONDS: Final = 3.0
+
+log = structlog.get_logger(__name__)
+
+
+def package_version() -> str:
+    try:
+        return version("everruns")
+    except PackageNotFoundError:
+        return "0.0.0"
+
+
+def worker_name() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+class Foundation(Struct, frozen=True, kw_only=True):
+    """What both roles stand on: state and the engine that moves it."""
+
+    settings: Settings
+    database: Database
+    bus: EventBus
+    log: EventLog
+    temporal: Client
+    search_attributes: bool
+
+
+@contextlib.asynccontextmanager
+async def foundation(settings: Settings) -> AsyncIterator[Foundation]:
+    """Connections to PostgreSQL and Temporal. Raises what their clients raise when they can't be reached."""
+    assert settings.database_url is not None, "load_settings refuses a missing DATABASE_URL outside dev mode"
+    async with Database.opened(settings.database_url, pool_size=settings.database_pool_size) as database:
+        bus = EventBus()
+        temporal = await connect_temporal(settings)
+        yield Foundation(
+            settings=settings,
+            database=database,
+            bus=bus,
+            log=EventLog(database.pool, bus),
+            temporal=temporal,
+            search_attributes=await _search_attributes(temporal),
+        )
+
+
+async def _search_attributes(client: Client) -> bool:
+    """Register our attributes. Without them turns run the same; only the Web UI's filters are missing."""
+    try:
+        await ensure_search_attributes(client, SEARCH_ATTRIBUTE_TYPES)
+    except Exception:
+        log.exception("search attributes could not be registered; turns start without them")
+        return False
+    return True
+
+
+@contextlib.asynccontextmanager
+async def worker_role(base: Foundation) -> AsyncIterator[asyncio.Future[None]]:
+    """Workers for turns and steps; the future fails when they do."""
+    settings = base.settings
+    state = TurnStore(base.log)
+    registry = builtin_registry()
+    bookkeeping = BookkeepingActivities(state, MessageStore(base.log))
+    options = WorkerOptions(
+        turns_queue=settings.temporal_turns_queue,
+        steps_queue=settings.temporal_steps_queue,
+        max_concurrent_steps=settings.worker_max_concurrent_steps,
+    )
+    async with running_workers(
+        base.temporal,
+        options,
+        workflows=[Turn],
+        activities=[
+            ReasonActivity(state, registry, driver_for).reason,
+            ActActivity(state, registry).act,
+            bookkeeping.finish,
+            bookkeeping.record_message,
+        ],
+        interceptors=[EventMirror(state, worker=worker_name())],
+    ) as failure:
+        yield failure
+
+
+@contextlib.asynccontextmanager
+async def server_role(base: Foundation, listener: socket.socket, *, eager: bool) -> AsyncIterator[HttpServer]:
+    """The API on a bound socket; `eager` when a worker runs on the same Temporal client."""
+    settings = base.settings
+    assert settings.database_unpooled_url is not None, "settings derive it from DATABASE_URL"
+    drain = asyncio.Event()
+    messages = MessageStore(base.log)
+    turns = TemporalTurns(
+        base.temporal,
+        TurnOptions(
+            turns_queue=settings.temporal_turns_queue,
+            steps_queue=settings.temporal_steps_queue,
+            client_tool_timeout_seconds=settings.client_tool_timeout_seconds,
+            reason_timeout_seconds=settings.reason_timeout_seconds,
+            max_parallel_tools=settings.act_max_tool_concurrency,
+            search_attributes=base.search_attributes,
+            eager=eager,
+        ),
+    )
+    background = BackgroundTasks()
+    streams = StreamHub(
+        base.log,
+        base.bus,
+        StreamLimits(
+            everywhere=settings.sse_global_max,
+            per_session=settings.sse_per_session_max,
+            per_org=settings.sse_per_org_max,
+        ),
+        StreamTiming(
+            cycle_seconds=settings.sse_realtime_cycle_seconds,
+            heartbeat_seconds=settings.sse_heartbeat_interval_seconds,
+        ),
+        drain,
+    )
+    services = Services(
+        settings=settings,
+        database=base.database,
+        log=base.log,
+        capabilities=builtin_registry(),
+        turns=turns,
+        messages=messages,
+        streams=streams,
+        background=background,
+        check_model_options=check_model_options,
+        check_message_metadata=check_message_metadata,
+        version=package_version(),
+    )
+    await base.bus.listen(settings.database_unpooled_url)
+    server = HttpServer(create_app(services), drain)
+    serving = asyncio.create_task(server.serve_on(listener))
+    reconciling = asyncio.create_task(Reconciler(messages, turns).run())
+    try:
+        ready = asyncio.create_task(server.ready.wait())
+        await asyncio.wait({ready, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():
+            await serving
+        yield server
+    finally:
+        reconciling.cancel()
+        server.stop()
+        await serving
+        await background.close(BACKGROUND_GRACE_SECONDS)
+        await base.bus.close()
+
+
+def check_model_options(provider_type: str, options: Mapping[str, object]) -> None:
+    if provider_type == "llmsim" and "script" in options:
+        parse_script(options["script"], root="options.script")
+
+
+def check_message_metadata(metadata: Mapping[str, object]) -> None:
+    if "llmsim" in metadata:
+        parse_script(metadata["llmsim"])
+
+
+async def choose_dev_model(database: Database) -> None:
+    """In dev an organization without a default model answers through the simulated one, instead of with an error."""
+    await database.pool.execute(
+        """UPDATE organizations SET default_model_id =
+             (SELECT id FROM models WHERE org_id = organizations.id AND model_id = 'llmsim-model' ORDER BY created_at LIMIT 1)
+           WHERE default_model_id IS NULL"""
+    )

@@ -1,0 +1,208 @@
+"""The `everruns` command."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from cyclopts import App, Parameter
+
+from infra.settings import ListenAddress, Settings, SettingsError, load_settings
+
+DEV_ADDRESS = ListenAddress(host="127.0.0.1", port=9300)
+"""The origin of PUBLIC_APP_URL's default."""
+
+T = TypeVar("T")
+
+app = App(
+    name="everruns",
+    help="The headless, durable harness engine for AI agents.",
+    help_epilogue="Begin with `everruns dev`: it needs nothing installed.",
+    version_flags=["--version"],
+)
+
+
+@app.command
+def dev(
+    *,
+    data_dir: Path | None = None,
+    addr: str | None = None,
+    worker: bool = True,
+    ready_file: Path | None = None,
+) -> None:
+    """Start everything: PostgreSQL, Temporal with its Web UI, the API and a worker.
+
+    Example: everruns dev --data-dir .data
+
+    Parameters
+    ----------
+    data_dir:
+        Keep all data in this directory; without it, everything is gone at exit.
+    addr:
+        Listen here instead of 127.0.0.1:9300 (or HTTP_ADDR, when that is set).
+    worker:
+        Run a worker in this process; with --no-worker, start `everruns worker` beside it.
+    ready_file:
+        Write the addresses to this file, as JSON, once everything is up.
+    """
+    from cli.run import run_dev
+
+    address = _listen_address(addr) if addr else None
+    if address is None and not (os.environ.get("HTTP_ADDR") or os.environ.get("ADDR")):
+        address = DEV_ADDRESS
+    if data_dir is not None:
+        data_dir = data_dir.resolve()
+        data_dir.mkdir(parents=True, exist_ok=True)
+    _run(run_dev(os.environ, address=address, data_dir=data_dir, ready_file=ready_file, with_worker=worker))
+
+
+@app.command
+def server() -> None:
+    """Serve the API and its event streams.
+
+    With DEV_MODE=true it brings PostgreSQL, Temporal and a worker along, like `everruns dev`.
+
+    Example: DATABASE_URL=postgres://… TEMPORAL_ADDRESS=temporal:7233 everruns server
+    """
+    from cli.run import run_dev, run_server
+
+    settings = _settings()
+    if settings.dev_mode:
+        _run(run_dev(os.environ, address=None, data_dir=None, ready_file=None, with_worker=True))
+    else:
+        _run(run_server(settings))
+
+
+@app.command
+def worker() -> None:
+    """Run turns and their steps. Start as many as you like, anywhere.
+
+    Example: DATABASE_URL=postgres://… TEMPORAL_ADDRESS=temporal:7233 everruns worker
+    """
+    from cli.run import run_worker
+
+    _run(run_worker(_settings()))
+
+
+@app.command
+def migrate() -> None:
+    """Bring the database schema up to date. Safe to run from several places at once.
+
+    Example: DATABASE_URL=postgres://… everruns migrate
+    """
+    from cli.run import run_migrate
+
+    for line in _run(run_migrate(_settings())) or []:
+        print(line)
+
+
+@app.command
+def demo(*, model: str | None = None) -> None:
+    """A conversation with tools whose worker is killed twice, and whose stream does not care.
+
+    Example: everruns demo
+
+    Parameters
+    ----------
+    model:
+        Name of a model to use instead of the simulated one.
+    """
+    from cli.demo import run_demo
+
+    _run(run_demo(os.environ, model=model))
+
+
+@app.command
+def config() -> None:
+    """Show every setting: its value, where that comes from, and its default. Secrets are masked.
+
+    Example: everruns config
+    """
+    from cli.config_command import print_config
+
+    if not print_config(os.environ):
+        sys.exit(2)
+
+
+@app.command(name="check-log")
+def check_log(
+    session: Annotated[list[str] | None, Parameter(help="Session ids; without any, every session.")] = None,
+    /,
+) -> None:
+    """Check the invariants of stored event logs: order, pairs, one answer per message, one result per tool call.
+
+    Example: DATABASE_URL=postgres://… everruns check-log session_0199…
+    """
+    from cli.check_log import run_check_log
+
+    if not _run(run_check_log(_settings(), session or [])):
+        sys.exit(1)
+
+
+def _settings() -> Settings:
+    from infra.logging import configure_logging
+
+    try:
+        settings = load_settings(os.environ)
+    except SettingsError as error:
+        sys.exit("\n".join(f"everruns: {problem}" for problem in error.problems))
+    configure_logging(settings.log_level, settings.log_format)
+    return settings
+
+
+def _listen_address(text: str) -> ListenAddress:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        sys.exit(f"everruns: --addr was given `{text}`; accepted: HOST:PORT, for example 127.0.0.1:9300")
+    return ListenAddress(host=host.strip("[]"), port=int(port))
+
+
+def _run(command: Coroutine[object, object, T]) -> T:
+    from cli.run import StartFailure
+    from db.database import MigrationFailed
+    from infra.child_processes import ChildStartError
+    from infra.embedded_postgres import EmbeddedPostgresError
+    from infra.temporal_client import TemporalConnectionError
+    from infra.temporal_server import TemporalServerError
+
+    expected = (
+        StartFailure,
+        SettingsError,
+        MigrationFailed,
+        ChildStartError,
+        EmbeddedPostgresError,
+        TemporalServerError,
+        TemporalConnectionError,
+    )
+    try:
+        with _runner() as runner:
+            return runner.run(command)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except expected as error:
+        sys.exit(f"everruns: {error}")
+    except BaseExceptionGroup as group:
+        known, others = group.split(expected)
+        if known is None or others is not None:
+            raise
+        sys.exit("\n".join(f"everruns: {error}" for error in known.exceptions))
+
+
+def _runner() -> asyncio.Runner:
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.Runner()
+    return asyncio.Runner(loop_factory=uvloop.new_event_loop)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""What clients put into a running session: messages, results of client-side tools, and the question whether to cancel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+from uuid import UUID
+
+import asyncpg
+import msgspec
+from msgspec import Struct
+
+from db import tool_ledger
+from db.event_log import EventLog
+from db.turn_rows import StateRow, lock_state, read_turn
+from domain.clock import now_timestamp
+from domain.errors import InvalidInput, NotFound, NotWaitingForToolResults, TooManyRunning, UnknownModel
+from domain.events import InputMessage, NewEvent
+from domain.ids import Prefix, new_id, parse_id
+from domain.messages import ContentPart, Controls, Delivery, ExternalActor, InputPart, Message, Role, TextPart
+from domain.ports import TurnLabels
+from domain.tools import ClientToolResult
+from domain.turns import SessionGone, ToolSettlement
+
+MAX_ACTIVE_TURNS_PER_ORG: Final = 1_000
+PREVIEW_CHARACTERS: Final = 200
+
+_SESSION: Final = """SELECT s.title, o.public_id AS org_id, h.name AS harness, a.public_id AS agent_id,
+    coalesce(a.display_name, a.name) AS agent_name
+    FROM sessions s JOIN organizations o ON o.id = s.org_id JOIN harnesses h ON h.id = s.harness_id
+    LEFT JOIN agents a ON a.id = s.agent_id
+    WHERE s.id = $1 AND s.org_id = $2 AND s.deleted_at IS NULL"""
+_EXISTING: Final = "SELECT data FROM events WHERE session_id = $1 AND dedupe_key = $2"
+_PUT_IN_INBOX: Final = """INSERT INTO inbox (session_id, sequence, org_id, message_id, delivery)
+    VALUES ($1, $2, $3, $4, $5)"""
+_MARK_ACTIVE: Final = """UPDATE session_state SET status = $2, preview = coalesce(preview, $3) WHERE session_id = $1"""
+_ACTIVE: Final = """SELECT count(*) FROM session_state
+    WHERE org_id = $1 AND status IN ('active', 'waiting_for_tool_results')"""
+_MODEL_EXISTS: Final = "SELECT 1 FROM models WHERE org_id = $1 AND id = $2 AND enabled"
+_STALE: Final = """
+SELECT s.session_id, s.status = 'active' AS active, EXISTS (
+    SELECT 1 FROM inbox i WHERE i.session_id = s.session_id AND (i.delivery <> 'follow_up' OR s.turn_id IS NULL)) AS unread
+FROM session_state s
+WHERE s.session_id IN (SELECT session_id FROM inbox WHERE created_at < now() - make_interval(secs => $1))
+   OR (s.status IN ('active', 'waiting_for_tool_results') AND s.updated_at < now() - make_interval(secs => $2))
+LIMIT $3
+"""
+
+_input_decoder = msgspec.json.Decoder(InputMessage)
+
+
+class NewMessage(Struct, frozen=True, kw_only=True):
+    """A message to store. `message_id` makes storing it idempotent."""
+
+    content: Sequence[InputPart]
+    message_id: str | None = None
+    delivery: Delivery = Delivery.STEER
+    controls: Controls | None = None
+    metadata: dict[str, object] | None = None
+    external_actor: ExternalActor | None = None
+    tags: list[str] | None = None
+
+
+class PostedMessage(Struct, frozen=True, kw_only=True):
+    """`steered` tells whether a turn was at work when the message came."""
+
+    message: Message
+    steered: bool
+    labels: TurnLabels
+
+
+class StaleSession(Struct, frozen=True, kw_only=True):
+    session_id: UUID
+    active: bool
+    unread: bool
+
+
+class MessageStore:
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+
+    async def post(self, org_id: int, session_id: str, new: NewMessage) -> PostedMessage:
+        """Store a message and leave it unread, in one transaction.
+
+        Raises `NotFound`, `UnknownModel`, `TooManyRunning`.
+        """
+        if new.message_id is not None:
+            parse_id(Prefix.MESSAGE, new.message_id)
+        message = Message(
+            id=new.message_id or new_id(Prefix.MESSAGE),
+            role=Role.USER,
+            content=_widened(new.content),
+            created_at=now_timestamp(),
+            controls=new.controls,
+            metadata=new.metadata,
+            external_actor=new.external_actor,
+            tags=new.tags,
+        )
+        async with self._log.transaction(session_id) as work:
+            try:
+                state = await lock_state(work)
+            except SessionGone as error:
+                raise NotFound("Session not found") from error
+            session = await work.connection.fetchrow(_SESSION, work.key, org_id)
+            if session is None:
+                raise NotFound("Session not found")
+            await self._check_controls(work.connection, org_id, new.controls)
+            steered = state.status in ("active", "waiting_for_tool_results")
+            if not steered and (await work.connection.fetchval(_ACTIVE, org_id) or 0) >= MAX_ACTIVE_TURNS_PER_ORG:
+                raise TooManyRunning
+            key = f"input.message:{message.id}"
+            event = NewEvent(data=InputMessage(message=message), dedupe_key=key, tags=new.tags)
+            stored = await work.append(event)
+            if not stored:
+                data: str = await work.connection.fetchval(_EXISTING, work.key, key)  # type: ignore[assignment]
+                return PostedMessage(
+                    message=_input_decoder.decode(data).message, steered=steered, labels=_labels(session, state)
+                )
+            await work.connection.execute(
+                _PUT_IN_INBOX, work.key, stored[0].sequence, org_id, message.id, new.delivery.value
+            )
+            # A follow-up does not end a wait for the client; everything else makes the session work.
+            waits = state.status == "waiting_for_tool_results" and new.delivery is Delivery.FOLLOW_UP
+            preview = "".join(part.text for part in new.content if isinstance(part, TextPart))[:PREVIEW_CHARACTERS]
+            await work.connection.execute(_MARK_ACTIVE, work.key, state.status if waits else "active", preview or None)
+        return PostedMessage(message=message, steered=steered, labels=_labels(session, state))
+
+    async def require(self, org_id: int, session_id: str) -> None:
+        """Raises `NotFound` unless the session exists, `MalformedId` when its id can't."""
+        key = parse_id(Prefix.SESSION, session_id)
+        async with self._log.connection() as connection:
+            if await connection.fetchrow(_SESSION, key, org_id) is None:
+                raise NotFound("Session not found")
+
+    async def record(
+        self,
+        session_id: str,
+        message_id: str,
+        content: Sequence[InputPart],
+        delivery: Delivery,
+        controls: Controls | None,
+        metadata: dict[str, object] | None,
+    ) -> None:
+        """Store a message that came through Temporal: whoever may signal there acts for the session's own organization."""
+        async with self._log.connection() as connection:
+            query = "SELECT org_id FROM session_state WHERE session_id = $1"
+            org_id = await connection.fetchval(query, parse_id(Prefix.SESSION, session_id))
+        if org_id is None:
+            raise SessionGone
+        new = NewMessage(
+            content=content, message_id=message_id, delivery=delivery, controls=controls, metadata=metadata
+        )
+        try:
+            await self.post(org_id, session_id, new)
+        except NotFound as error:
+            raise SessionGone from error
+
+    async def _check_controls(self, connection: asyncpg.Connection, org_id: int, controls: Controls | None) -> None:
+        if controls is None or controls.model_id is None:
+            return
+        model = parse_id(Prefix.MODEL, controls.model_id)
+        if not await connection.fetchval(_MODEL_EXISTS, org_id, model):
+            raise UnknownModel(f"`{controls.model_id}` names no enabled model", field="controls.model_id")
+
+    async def submit_tool_results(self, org_id: int, session_id: str, results: Sequence[ClientToolResult]) -> list[str]:
+        """Settle client-side calls; returns the ids that were open. Sending the same results again is harmless.
+
+        Raises `NotFound`, `InvalidInput`, `NotWaitingForToolResults`.
+        """
+        if not results:
+            raise InvalidInput("`tool_results` must not be empty", field="tool_results")
+        async with self._log.transaction(session_id) as work:
+            try:
+                state = await lock_state(work)
+            except SessionGone as error:
+                raise NotFound("Session not found") from error
+            if await work.connection.fetchrow(_SESSION, work.key, org_id) is None:
+                raise NotFound("Session not found")
+            rows = [await tool_ledger.read_call(work, result.tool_call_id) for result in results]
+            known = [row for row in rows if row is not None and row.kind == "client"]
+            if state.status != "waiting_for_tool_results":
+                if known and len(known) == len(results) and all(row.status == "settled" for row in known):
+                    return [row.call.id for row in known]
+                status = state.status
+                raise NotWaitingForToolResults(f"Session is not waiting for tool results (current status: {status})")
+            if not known:
+                raise InvalidInput(
+                    f"`{results[0].tool_call_id[:80]}` is not an open client-side tool call of this session",
+                    field="tool_results[0].tool_call_id",
+                )
+            turn = None if state.turn_id is None else await read_turn(work, state.turn_id)
+            if turn is None:
+                raise NotWaitingForToolResults("Session is not waiting for tool results (current status: idle)")
+            accepted: list[str] = []
+            for row, result in zip(rows, results, strict=True):
+                if row is None or row.kind != "client":
+                    continue
+                accepted.append(row.call.id)
+                if row.status != "settled":
+                    await tool_ledger.settle_call(work, turn, row, _settlement(result))
+            await work.connection.execute("UPDATE session_state SET status = 'active' WHERE session_id = $1", work.key)
+        return accepted
+
+    async def cancel_cursor(self, org_id: int, session_id: str) -> int | None:
+        """The last sequence when there is something to cancel, None when the session rests. Raises `NotFound`."""
+        async with self._log.connection() as connection:
+            row = await connection.fetchrow(
+                """SELECT st.status, st.last_sequence FROM session_state st JOIN sessions s ON s.id = st.session_id
+                   WHERE st.session_id = $1 AND s.org_id = $2 AND s.deleted_at IS NULL""",
+                parse_id(Prefix.SESSION, session_id),
+                org_id,
+            )
+        if row is None:
+            raise NotFound("Session not found")
+        return row["last_sequence"] if row["status"] in ("active", "waiting_for_tool_results") else None
+
+    async def stale_sessions(
+        self, *, unread_seconds: float, silent_seconds: float, limit: int = 200
+    ) -> list[StaleSession]:
+        """Sessions that may need a nudge: unread messages older than `unread_seconds`, or busy but silent for longer."""
+        async with self._log.connection() as connection:
+            rows = await connection.fetch(_STALE, unread_seconds, silent_seconds, limit)
+        return [
+            StaleSession(session_id=row["session_id"], active=row["active"], unread=row["unread"]) for row in rows
+        ]
+
+
+def _labels(session: asyncpg.Record, state: StateRow) -> TurnLabels:
+    return TurnLabels(
+        org_id=session["org_id"],
+        harness=session["harness"],
+        turn_number=state.turn_count + 1,
+        agent_id=session["agent_id"],
+        agent_name=session["agent_name"],
+        title=session["title"],
+    )
+
+
+def _widened(parts: Sequence[InputPart]) -> list[ContentPart]:
+    return list(parts)
+
+
+def _settlement(result: ClientToolResult) -> ToolSettlement:
+    if result.error is not None:
+        return ToolSettlement(status="error", error=result.error)
+    value = result.result
+    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    return ToolSettlement(status="success", result=[TextPart(text=text)])

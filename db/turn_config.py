@@ -1,0 +1,114 @@
+"""Reads the configuration layers of a session, base first, for the turn that is about to begin."""
+
+from __future__ import annotations
+
+from typing import Final, TypeVar
+from uuid import UUID
+
+import asyncpg
+import msgspec
+from msgspec import Struct
+
+from domain.config import CapabilityRef, ConfigLayer, InitialFile, NetworkAccessList, TurnConfig
+from domain.ids import Prefix, format_id, parse_id
+from domain.tools import ToolDefinition
+from domain.turns import ResolvedModel
+
+T = TypeVar("T")
+
+MAX_HARNESS_DEPTH: Final = 32
+"""Writes refuse cycles; this bounds the walk should one ever be in the data."""
+
+_LAYER_COLUMNS = "system_prompt, capabilities, initial_files, mcp_servers, network_access, parallel_tool_calls"
+
+SESSION_LAYERS: Final = f"""
+WITH RECURSIVE chain AS (
+    SELECT h.*, 0 AS depth FROM harnesses h WHERE h.id = (SELECT harness_id FROM sessions WHERE id = $1)
+    UNION ALL
+    SELECT h.*, chain.depth + 1 FROM harnesses h JOIN chain ON h.id = chain.parent_harness_id
+    WHERE chain.depth < {MAX_HARNESS_DEPTH}
+)
+SELECT 0 AS kind, -depth AS place, NULL AS name, NULL AS public_id, NULL AS description, id AS row_id,
+       default_model_id AS model_id, NULL::jsonb AS tools, NULL::integer AS max_iterations, NULL AS locale, NULL::jsonb AS hints,
+       {_LAYER_COLUMNS}
+FROM chain
+UNION ALL
+SELECT 1, 0, coalesce(a.display_name, a.name), a.public_id, a.description, a.id, a.default_model_id, a.tools,
+       a.max_iterations, NULL, NULL, a.system_prompt, a.capabilities, a.initial_files, a.mcp_servers, a.network_access,
+       a.parallel_tool_calls
+FROM agents a JOIN sessions s ON s.agent_id = a.id WHERE s.id = $1
+UNION ALL
+SELECT 2, 0, title, NULL, NULL, id, model_id, tools, max_iterations, locale, hints, {_LAYER_COLUMNS}
+FROM sessions WHERE id = $1 AND deleted_at IS NULL
+ORDER BY kind, place
+"""  # noqa: S608
+
+RESOLVE_MODEL: Final = """
+SELECT m.id, m.model_id, m.options, p.id AS provider_id, p.provider_type
+FROM models m JOIN providers p ON p.id = m.provider_id
+WHERE m.org_id = $1 AND m.enabled AND p.status = 'active'
+  AND m.id = coalesce($2, (SELECT default_model_id FROM organizations WHERE id = $1))
+"""
+
+
+class SessionLayers(Struct, frozen=True, kw_only=True):
+    layers: list[ConfigLayer]
+    harness_id: UUID
+    agent_row_id: UUID | None = None
+    agent_id: str | None = None
+    agent_name: str | None = None
+    agent_description: str | None = None
+
+
+def decode_column(value: str | None, kind: type[T], default: T) -> T:
+    """A JSONB column, which asyncpg reads as text."""
+    return default if value is None else msgspec.json.decode(value, type=kind)
+
+
+async def read_session_layers(connection: asyncpg.Connection, session: UUID) -> SessionLayers | None:
+    """Harness chain, agent and session, base first; None when the session is gone."""
+    rows = await connection.fetch(SESSION_LAYERS, session)
+    if not rows or rows[-1]["kind"] != 2:
+        return None
+    agent = next((row for row in rows if row["kind"] == 1), None)
+    harnesses = [row for row in rows if row["kind"] == 0]
+    return SessionLayers(
+        layers=[_layer(row) for row in rows],
+        harness_id=harnesses[-1]["row_id"],
+        agent_row_id=agent and agent["row_id"],
+        agent_id=agent and agent["public_id"],
+        agent_name=agent and agent["name"],
+        agent_description=agent and agent["description"],
+    )
+
+
+def _layer(row: asyncpg.Record) -> ConfigLayer:
+    model = row["model_id"]
+    return ConfigLayer(
+        system_prompt=row["system_prompt"],
+        capabilities=decode_column(row["capabilities"], list[CapabilityRef], []),
+        tools=decode_column(row["tools"], list[ToolDefinition], []),
+        initial_files=decode_column(row["initial_files"], list[InitialFile], []),
+        mcp_servers=decode_column(row["mcp_servers"], dict[str, object], {}),
+        network_access=decode_column(row["network_access"], NetworkAccessList, NetworkAccessList()),
+        model_id=None if model is None else format_id(Prefix.MODEL, model),
+        max_iterations=row["max_iterations"],
+        parallel_tool_calls=row["parallel_tool_calls"],
+        locale=row["locale"],
+        hints=decode_column(row["hints"], dict[str, object], {}),
+    )
+
+
+async def resolve_model(connection: asyncpg.Connection, org_id: int, config: TurnConfig) -> ResolvedModel | None:
+    """The model a turn runs with: the one its configuration names, else the organization's default; None without either."""
+    wanted = None if config.model_id is None else parse_id(Prefix.MODEL, config.model_id)
+    row = await connection.fetchrow(RESOLVE_MODEL, org_id, wanted)
+    if row is None:
+        return None
+    return ResolvedModel(
+        public_id=format_id(Prefix.MODEL, row["id"]),
+        name=row["model_id"],
+        provider_public_id=format_id(Prefix.PROVIDER, row["provider_id"]),
+        provider_type=row["provider_type"],
+        options=decode_column(row["options"], dict[str, object], {}),
+    )

@@ -1,0 +1,122 @@
+"""Folding of the configuration layers into what one turn runs with.
+
+Layers, first to last: harness chain (root first), agent, session, message controls. Later wins, except where a setting can
+only grow or only narrow: prompts are concatenated base first, tools add up, allowed hosts intersect and blocked hosts unite.
+The result is pinned when a turn begins; an edit takes effect at the next turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+from msgspec import Struct
+
+from domain.messages import Controls
+from domain.tools import ToolDefinition
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+DEFAULT_MAX_ITERATIONS = 500
+"""Model calls per turn; a guard against loops, far above any useful turn."""
+
+
+class CapabilityRef(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    ref: str
+    config: dict[str, object] | None = None
+
+
+class InitialFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    path: str
+    content: str
+    encoding: str = "text"
+    is_readonly: bool = False
+
+
+class NetworkAccessList(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Host or URL patterns. No `allowed` means every host; an empty list after an intersection means none."""
+
+    allowed: list[str] | None = None
+    blocked: list[str] | None = None
+
+
+class ConfigLayer(Struct, frozen=True, kw_only=True):
+    """What a harness, an agent, a session or a message contributes."""
+
+    system_prompt: str | None = None
+    capabilities: list[CapabilityRef] = []
+    tools: list[ToolDefinition] = []
+    initial_files: list[InitialFile] = []
+    mcp_servers: dict[str, object] | None = None
+    network_access: NetworkAccessList | None = None
+    model_id: str | None = None
+    max_iterations: int | None = None
+    parallel_tool_calls: bool | None = None
+    locale: str | None = None
+    hints: dict[str, object] | None = None
+
+
+class TurnConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The folded configuration. `model_id` is a public id (`model_…`) or None for the system default."""
+
+    system_prompt: str = ""
+    capabilities: list[CapabilityRef] = []
+    tools: list[ToolDefinition] = []
+    initial_files: list[InitialFile] = []
+    mcp_servers: dict[str, object] = {}
+    network_access: NetworkAccessList = NetworkAccessList()
+    model_id: str | None = None
+    max_iterations: int = DEFAULT_MAX_ITERATIONS
+    parallel_tool_calls: bool | None = None
+    locale: str | None = None
+    hints: dict[str, object] = {}
+
+
+def controls_layer(controls: Controls | None) -> ConfigLayer:
+    if controls is None:
+        return ConfigLayer()
+    return ConfigLayer(model_id=controls.model_id, locale=controls.locale, hints=controls.hints)
+
+
+def fold(layers: Sequence[ConfigLayer]) -> TurnConfig:
+    """Fold layers, base first."""
+    return TurnConfig(
+        system_prompt="\n\n".join(layer.system_prompt for layer in layers if layer.system_prompt),
+        capabilities=_merge((ref.ref, ref) for layer in layers for ref in layer.capabilities),
+        tools=_first_wins((tool.name, tool) for layer in layers for tool in layer.tools),
+        initial_files=_merge((file.path, file) for layer in layers for file in layer.initial_files),
+        mcp_servers={key: server for layer in layers for key, server in (layer.mcp_servers or {}).items()},
+        network_access=_fold_network([layer.network_access for layer in layers if layer.network_access]),
+        model_id=_last([layer.model_id for layer in layers], None),
+        max_iterations=_last([layer.max_iterations for layer in layers], DEFAULT_MAX_ITERATIONS),
+        parallel_tool_calls=_last([layer.parallel_tool_calls for layer in layers], None),
+        locale=_last([layer.locale for layer in layers], None),
+        hints={key: hint for layer in layers for key, hint in (layer.hints or {}).items()},
+    )
+
+
+def _last(values: Sequence[T | None], default: D) -> T | D:
+    return next((value for value in reversed(values) if value is not None), default)
+
+
+def _merge(pairs: Iterable[tuple[str, T]]) -> list[T]:
+    """A later value replaces an earlier one in its place, so that prompt fragments keep their order."""
+    return list(dict(pairs).values())
+
+
+def _first_wins(pairs: Iterable[tuple[str, T]]) -> list[T]:
+    merged: dict[str, T] = {}
+    for key, value in pairs:
+        merged.setdefault(key, value)
+    return list(merged.values())
+
+
+def _fold_network(lists: Sequence[NetworkAccessList]) -> NetworkAccessList:
+    allowed: list[str] | None = None
+    blocked: dict[str, None] = {}
+    for access in lists:
+        if access.allowed:
+            allowed = access.allowed if allowed is None else [host for host in allowed if host in access.allowed]
+        blocked.update(dict.fromkeys(access.blocked or []))
+    return NetworkAccessList(allowed=allowed, blocked=list(blocked) or None)

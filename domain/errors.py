@@ -1,0 +1,220 @@
+"""Every error that may leave the engine, its machine-readable code and its HTTP status.
+
+    EverrunsError                      500 internal_error
+      InvalidInput                     400 invalid_input
+        MalformedId                    400 malformed_id
+        UnknownEventType               400 unknown_event_type
+        UnknownCapability              400 unknown_capability
+        UnknownModel                   400 unknown_model
+        InputTooLarge                  400 input_too_large
+        MalformedBody                  400 malformed_body
+        InvalidChangeReason            400 invalid_change_reason
+        TooManyRunning                 400 too_many_running
+      Unauthenticated                  401 unauthenticated
+      Forbidden                        403 forbidden
+        ReadOnlyResource               403 read_only
+      NotFound                         404 not_found
+      MethodNotAllowed                 405 method_not_allowed
+      Conflict                         409 conflict
+        NameTaken                      409 name_taken
+        Archived                       409 archived
+        NotWaitingForToolResults       409 not_waiting_for_tool_results
+        ResourceLimit                  409 resource_limit
+      PayloadTooLarge                  413 payload_too_large
+      UnsupportedMediaType             415 unsupported_media_type
+      TooManyStreams                   429 sse_limit
+      DependencyUnavailable            503 dependency_unavailable
+
+The class docstring is the default message. Texts are for users: no SQL, no host, no stack.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+
+class EverrunsError(Exception):
+    """Internal server error"""
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+
+    def __init__(self, message: str | None = None, *, field: str | None = None) -> None:
+        self.message = message or (type(self).__doc__ or "").strip()
+        self.field = field
+        super().__init__(self.message)
+
+
+class InvalidInput(EverrunsError):
+    """The request is not valid"""
+
+    code = "invalid_input"
+    status = 400
+
+
+class MalformedId(InvalidInput):
+    """An id in the request is malformed"""
+
+    code = "malformed_id"
+
+
+class UnknownEventType(InvalidInput):
+    """A filter names an event type that does not exist"""
+
+    code = "unknown_event_type"
+
+
+class UnknownCapability(InvalidInput):
+    """A capability reference names no capability"""
+
+    code = "unknown_capability"
+
+
+class UnknownModel(InvalidInput):
+    """A model id names no enabled model"""
+
+    code = "unknown_model"
+
+
+class InputTooLarge(InvalidInput):
+    """Input exceeds allowed limits"""
+
+    code = "input_too_large"
+
+
+class MalformedBody(InvalidInput):
+    """The request body cannot be read as JSON"""
+
+    code = "malformed_body"
+
+
+class InvalidChangeReason(InvalidInput):
+    """The change reason is not acceptable"""
+
+    code = "invalid_change_reason"
+
+
+class TooManyRunning(InvalidInput):
+    """Too many sessions or turns are running in this organization; retry later"""
+
+    code = "too_many_running"
+
+
+class Unauthenticated(EverrunsError):
+    """Authentication is required"""
+
+    code = "unauthenticated"
+    status = 401
+
+
+class Forbidden(EverrunsError):
+    """This is not allowed"""
+
+    code = "forbidden"
+    status = 403
+
+
+class ReadOnlyResource(Forbidden):
+    """Built-in resources cannot be changed"""
+
+    code = "read_only"
+
+
+class NotFound(EverrunsError):
+    """Not found"""
+
+    code = "not_found"
+    status = 404
+
+
+class MethodNotAllowed(EverrunsError):
+    """This method is not supported here"""
+
+    code = "method_not_allowed"
+    status = 405
+
+
+class Conflict(EverrunsError):
+    """The request conflicts with the current state"""
+
+    code = "conflict"
+    status = 409
+
+
+class NameTaken(Conflict):
+    """The name is already in use"""
+
+    code = "name_taken"
+
+
+class Archived(Conflict):
+    """The resource is archived and cannot be edited or newly assigned"""
+
+    code = "archived"
+
+
+class NotWaitingForToolResults(Conflict):
+    """Session is not waiting for tool results"""
+
+    code = "not_waiting_for_tool_results"
+
+
+class ResourceLimit(Conflict):
+    """The organization's limit for this resource is reached"""
+
+    code = "resource_limit"
+
+
+class PayloadTooLarge(EverrunsError):
+    """The request body is too large"""
+
+    code = "payload_too_large"
+    status = 413
+
+
+class UnsupportedMediaType(EverrunsError):
+    """This content type is not supported here"""
+
+    code = "unsupported_media_type"
+    status = 415
+
+
+class TooManyStreams(EverrunsError):
+    """SSE connection limit reached"""
+
+    code = "sse_limit"
+    status = 429
+
+
+class DependencyUnavailable(EverrunsError):
+    """A service that this request needs is not reachable right now"""
+
+    code = "dependency_unavailable"
+    status = 503
+
+
+_FIELD_AT_FAULT = re.compile(r"Object (?:missing required|contains unknown) field `(.+)`")
+
+
+def invalid_field(error: Exception, root: str) -> InvalidInput:
+    """A msgspec `ValidationError` as an error that names the field, `root` being the name of what was decoded.
+
+    msgspec reports the path to the enclosing object when a field is missing or unknown; the name is in the message.
+    """
+    message, _, path = str(error).partition(" - at `$")
+    field = root + path.removesuffix("`")
+    if match := _FIELD_AT_FAULT.fullmatch(message):
+        field = f"{field}.{match[1]}"
+    return InvalidInput(f"{field}: {message}", field=field)
+
+
+def error_classes() -> list[type[EverrunsError]]:
+    """Every class above, base first: what the documentation and the envelope test walk through."""
+    found: list[type[EverrunsError]] = []
+    waiting: list[type[EverrunsError]] = [EverrunsError]
+    while waiting:
+        cls = waiting.pop(0)
+        found.append(cls)
+        waiting.extend(cls.__subclasses__())
+    return found

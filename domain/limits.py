@@ -1,0 +1,132 @@
+"""What a client may write into a resource: sizes, names and formats, checked before anything is stored.
+
+Texts are measured in UTF-8 bytes, because that is what storage and prompts pay for.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from domain.config import CapabilityRef, InitialFile
+from domain.errors import InputTooLarge, InvalidInput, MalformedId
+from domain.ids import Prefix, parse_id
+from domain.tools import ClientSideTool
+
+NAME_MAX_CHARACTERS: Final = 64
+SHORT_TEXT_MAX_BYTES: Final = 2 * 1024
+"""Display names and titles."""
+DESCRIPTION_MAX_BYTES: Final = 10 * 1024
+PROMPT_MAX_BYTES: Final = 1024 * 1024
+MAX_CAPABILITIES: Final = 250
+MAX_TOOLS: Final = 250
+MAX_TAGS: Final = 100
+TAG_MAX_BYTES: Final = 256
+MAX_INITIAL_FILES: Final = 250
+INITIAL_FILES_MAX_BYTES: Final = 2 * 1024 * 1024
+"""All starter files of one resource together, paths included: they are copied into every new session."""
+PATH_MAX_BYTES: Final = 1024
+MAX_ITERATIONS_CEILING: Final = 10_000
+
+IMPORT_MAX_BYTES: Final = 3 * 1024 * 1024
+BODY_MAX_BYTES: Final = 4 * 1024 * 1024
+"""A prompt of 1 MB and the starter files at their limit, with room for JSON escapes."""
+
+MAX_HARNESSES_PER_ORG: Final = 50
+MAX_AGENTS_PER_ORG: Final = 500
+MAX_SESSIONS_PER_ORG: Final = 10_000
+"""Rows that are not deleted. Counted without a lock: requests that race may overshoot by their number, which harms nobody."""
+
+MAX_SEARCH_TOKENS: Final = 8
+
+_SLUG = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_LOCALE = re.compile(r"[A-Za-z]{2,8}(-[A-Za-z0-9]{1,8}){0,4}")
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_IDENTITY = re.compile(r"identity_[0-9a-f]{32}")
+
+
+def check_text(text: str, field: str, max_bytes: int) -> None:
+    # A character takes one to four bytes: only texts in between need to be encoded to know.
+    if len(text) > max_bytes or (len(text) * 4 > max_bytes and len(text.encode()) > max_bytes):
+        raise InputTooLarge(f"Input exceeds allowed limits: `{field}` may hold {max_bytes} bytes", field=field)
+
+
+def check_count(items: Sequence[object], field: str, maximum: int) -> None:
+    if len(items) > maximum:
+        raise InputTooLarge(f"Input exceeds allowed limits: `{field}` may hold {maximum} items", field=field)
+
+
+def check_name(name: str, field: str = "name") -> None:
+    """The addressable name of a harness or an agent."""
+    if len(name) > NAME_MAX_CHARACTERS:
+        raise InputTooLarge(
+            f"Input exceeds allowed limits: `{field}` may hold {NAME_MAX_CHARACTERS} characters", field=field
+        )
+    if not _SLUG.fullmatch(name):
+        raise InvalidInput(f"{field} must be lower-case letters and digits, in words joined by `-`", field=field)
+
+
+def check_locale(locale: str, field: str = "locale") -> None:
+    if not _LOCALE.fullmatch(locale):
+        raise InvalidInput(f"{field} must be a BCP 47 language tag, e.g. `uk-UA`", field=field)
+
+
+def check_identity(identity: str, field: str = "agent_identity_id") -> None:
+    if not _IDENTITY.fullmatch(identity):
+        raise MalformedId(f"{field} must be `identity_` followed by 32 lower-case hex digits", field=field)
+
+
+def check_id(prefix: Prefix, text: str, field: str) -> None:
+    """`parse_id` whose error names the field the id stands in."""
+    try:
+        parse_id(prefix, text)
+    except MalformedId as error:
+        raise MalformedId(f"{field}: {error.message}", field=field) from None
+
+
+def check_tags(tags: Sequence[str]) -> None:
+    check_count(tags, "tags", MAX_TAGS)
+    for index, tag in enumerate(tags):
+        check_text(tag, f"tags[{index}]", TAG_MAX_BYTES)
+
+
+def check_capability_refs(refs: Sequence[CapabilityRef]) -> None:
+    """Sizes only: which capabilities exist is the registry's knowledge."""
+    check_count(refs, "capabilities", MAX_CAPABILITIES)
+
+
+def check_tools(tools: Sequence[ClientSideTool]) -> None:
+    check_count(tools, "tools", MAX_TOOLS)
+    for index, tool in enumerate(tools):
+        # What the strictest providers accept: a name they refuse would fail every turn.
+        if not _TOOL_NAME.fullmatch(tool.name):
+            field = f"tools[{index}].name"
+            raise InvalidInput(f"{field} must be 1 to 64 letters, digits, `_` or `-`", field=field)
+
+
+def check_initial_files(files: Sequence[InitialFile]) -> None:
+    check_count(files, "initial_files", MAX_INITIAL_FILES)
+    total_bytes = 0
+    for index, file in enumerate(files):
+        path = f"initial_files[{index}].path"
+        check_text(file.path, path, PATH_MAX_BYTES)
+        if not file.path.strip("/") or ".." in file.path.split("/"):
+            raise InvalidInput(f"{path} must name a file and must not contain `..`", field=path)
+        if file.encoding == "base64":
+            try:
+                base64.b64decode(file.content, validate=True)
+            except (binascii.Error, ValueError):
+                field = f"initial_files[{index}].content"
+                raise InvalidInput(f"{field} is not valid base64", field=field) from None
+        elif file.encoding != "text":
+            field = f"initial_files[{index}].encoding"
+            raise InvalidInput(f"{field} must be `text` or `base64`", field=field)
+        total_bytes += len(file.path.encode()) + len(file.content.encode())
+    if total_bytes > INITIAL_FILES_MAX_BYTES:
+        raise InputTooLarge(
+            f"Input exceeds allowed limits: `initial_files` may hold {INITIAL_FILES_MAX_BYTES} bytes in total",
+            field="initial_files",
+        )

@@ -1,0 +1,263 @@
+"""One turn, step by step: what goes into a step, what comes out, and the port through which steps reach state.
+
+The small Structs at the top also travel through Temporal (`workflows.contract` re-exports them), so they hold ids, flags and
+counters only. The larger ones below stay inside a worker process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Literal, Protocol
+
+from msgspec import Struct
+
+from domain.config import TurnConfig
+from domain.events import EventPayload, NewEvent, StoredEvent, TokenUsage
+from domain.messages import ContentPart, Controls, Delivery, InputPart, Message
+from domain.model import ModelErrorKind
+from domain.tools import SideEffect, ToolCall, ToolDefinition
+
+
+class CallRef(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A tool call as the workflow needs it to schedule it: no arguments."""
+
+    call_id: str
+    name: str
+    timeout_seconds: float
+    concurrency_class: str | None = None
+
+
+class ReasonInput(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    session_id: str
+    turn_id: str
+    iteration: int
+    open_calls: Literal["interrupted", "timed_out"] = "interrupted"
+    """What to tell the model about client-side calls that are still open."""
+
+
+class ReasonNext(StrEnum):
+    DONE = "done"
+    """The turn is over and closed in the log."""
+    AGAIN = "again"
+    """A message arrived while the model wrote: reason again."""
+    ACT = "act"
+    WAIT = "wait"
+    """Only client-side tools were called: wait for their results."""
+    NOTHING = "nothing"
+    """No unread message: there is no turn to run."""
+
+
+class ReasonResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    next: ReasonNext
+    calls: list[CallRef] = []
+    client_calls: list[str] = []
+    serial: bool = False
+    more: bool = False
+    """With `done`: another message waits for a turn of its own."""
+
+
+class ActInput(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`idempotency_key` is the same for every attempt of the call."""
+
+    session_id: str
+    turn_id: str
+    iteration: int
+    call_id: str
+    idempotency_key: str
+
+
+class ActResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    waiting: bool = False
+    """This was the last server-side call of the batch, and client-side calls are open."""
+
+
+class TurnEnding(StrEnum):
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    SUPERSEDED = "superseded"
+    """A new message arrived while the turn waited for client-side tools; it gets a turn of its own."""
+    SEALED = "sealed"
+
+
+class FinishInput(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    session_id: str
+    turn_id: str
+    iteration: int
+    ending: TurnEnding
+    error_code: str | None = None
+    reason: str | None = None
+    read_up_to: int | None = None
+    """With `cancelled`: messages up to this sequence were waiting when the cancel was asked for; they become history."""
+
+
+class FinishResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    more: bool = False
+    """An unread message waits for the next turn."""
+
+
+class StepRef(Struct, frozen=True, kw_only=True):
+    """One attempt of one step. State written under a ref whose attempt has been overtaken is refused with `StepFenced`."""
+
+    session_id: str
+    turn_id: str
+    iteration: int
+    exec_id: str
+    attempt: int
+    worker: str
+
+
+class StepFenced(Exception):
+    """A later attempt of this step, or the end of its turn, has taken over; this attempt may write nothing more."""
+
+
+class SessionGone(Exception):
+    """The session of a step does not exist (any more)."""
+
+
+class NoProgress(Exception):
+    """Attempts of this step were lost one after the other without any progress; the turn is to be sealed."""
+
+
+class ResolvedModel(Struct, frozen=True, kw_only=True):
+    """The model a step calls. `public_id` is `model_…`; `options` are stored with the model and belong to its driver."""
+
+    public_id: str
+    name: str
+    provider_public_id: str
+    provider_type: str
+    options: dict[str, object] = {}
+
+
+class ReasonBriefing(Struct, frozen=True, kw_only=True):
+    """What a reason step starts from. `model` is None when nothing names one and there is no default."""
+
+    message_id: str
+    config: TurnConfig
+    history: list[Message]
+    model: ResolvedModel | None
+    input_message_id: str
+    harness_id: str
+    agent_id: str | None = None
+    reasoning_effort: str | None = None
+    timezone: str | None = None
+
+
+class PlannedCall(Struct, frozen=True, kw_only=True):
+    """A tool call the model asked for, with what the ledger must know about its tool."""
+
+    call: ToolCall
+    kind: Literal["server", "client"]
+    side_effect: SideEffect
+    timeout_seconds: float
+    concurrency_class: str | None = None
+    display_name: str | None = None
+
+
+class ReasonOutcome(Struct, frozen=True, kw_only=True):
+    """Everything one model call produced. `offered_tools` and `prompt` are for the `llm.generation` record."""
+
+    model: ResolvedModel
+    prompt: list[Message]
+    offered_tools: list[ToolDefinition]
+    text: str
+    thinking: str
+    calls: list[PlannedCall]
+    usage: TokenUsage
+    finish_reason: str
+    duration_ms: int
+    time_to_first_token_ms: int | None = None
+    response_id: str | None = None
+
+
+class ReasonFailure(Struct, frozen=True, kw_only=True):
+    """A model call that failed. `error` is for operators."""
+
+    kind: ModelErrorKind
+    error: str
+    model: str
+    provider_type: str
+    duration_ms: int
+    retry_in_ms: int = 0
+
+
+class ToolClaim(Struct, frozen=True, kw_only=True):
+    """Leave to run a call."""
+
+    call: ToolCall
+    config: TurnConfig
+    side_effect: SideEffect
+    timezone: str | None = None
+
+
+class ToolSettlement(Struct, frozen=True, kw_only=True):
+    """How a call ended: `result` on success, `error` (readable by the model) otherwise."""
+
+    status: Literal["success", "error", "timeout", "cancelled"]
+    result: list[ContentPart] | None = None
+    error: str | None = None
+    duration_ms: int | None = None
+    capability_id: str | None = None
+    capability_name: str | None = None
+
+
+class TurnState(Protocol):
+    """The narrow port through which steps reach state. Nothing behind it is known to `activities`.
+
+    Every method is one transaction, idempotent under retries of its step, and raises `StepFenced` or `SessionGone`.
+    """
+
+    async def begin_reason(
+        self, ref: StepRef, open_calls: Literal["interrupted", "timed_out"]
+    ) -> ReasonBriefing | ReasonResult:
+        """Open a reason step; a result instead of a briefing means an earlier attempt has finished it.
+
+        Raises `NoProgress` after too many lost attempts.
+        """
+        ...
+
+    async def commit_reason(self, ref: StepRef, outcome: ReasonOutcome) -> ReasonResult: ...
+
+    async def fail_reason(self, ref: StepRef, failure: ReasonFailure) -> None:
+        """Note a failed attempt, so that it does not count as a lost one."""
+        ...
+
+    async def release_step(self, ref: StepRef) -> None:
+        """Note that this attempt of a reason step ends on purpose, so that it does not count as a lost one."""
+        ...
+
+    async def begin_call(self, ref: StepRef, call_id: str) -> ToolClaim | ActResult:
+        """Claim a call; a result instead of a claim means it is settled. Raises `NoProgress` like `begin_reason`."""
+        ...
+
+    async def settle_call(self, ref: StepRef, call_id: str, settlement: ToolSettlement) -> ActResult: ...
+
+    async def finish(self, input: FinishInput) -> FinishResult: ...
+
+    async def append(self, ref: StepRef, events: Sequence[NewEvent]) -> None:
+        """Append events of a running reason step."""
+        ...
+
+    async def append_tool_event(self, ref: StepRef, call_id: str, payload: EventPayload) -> None:
+        """Append an event of a running tool call."""
+        ...
+
+
+class MessageRecorder(Protocol):
+    async def record(
+        self,
+        session_id: str,
+        message_id: str,
+        content: Sequence[InputPart],
+        delivery: Delivery,
+        controls: Controls | None,
+        metadata: dict[str, object] | None,
+    ) -> None:
+        """Store a message brought by a Temporal signal. Raises `SessionGone`."""
+        ...
+
+
+class LogReader(Protocol):
+    async def read(
+        self, session_id: str, *, after_sequence: int, limit: int, types: Sequence[str] | None = None
+    ) -> list[StoredEvent]: ...

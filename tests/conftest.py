@@ -1,0 +1,178 @@
+"""Fixtures that most tests share: one PostgreSQL a run, one database a test, and the API on top of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from uuid import uuid4
+
+import asyncpg
+import httpx
+import pytest
+import uvicorn
+from litestar import Litestar
+from litestar.testing import AsyncTestClient
+
+from activities.capabilities.registry import builtin_registry
+from activities.llm.llmsim import parse_script
+from api.app import create_app
+from api.background import BackgroundTasks
+from api.services import Services
+from api.streams import StreamHub, StreamLimits, StreamTiming
+from db.database import Database
+from db.event_log import EventLog
+from db.messages import MessageStore
+from domain.events import StoredEvent
+from infra.child_processes import ChildProcesses
+from infra.embedded_postgres import EmbeddedPostgres
+from infra.event_bus import EventBus
+from infra.settings import Settings, load_settings
+
+TEMPLATE = "everruns_template"
+POOL_SIZE = 5
+
+API = "/api/v1"
+
+
+@pytest.fixture(scope="session")
+async def postgres() -> AsyncIterator[EmbeddedPostgres]:
+    async with ChildProcesses() as children, EmbeddedPostgres(children) as server:
+        admin = await asyncpg.connect(server.dsn("postgres"))
+        await admin.execute(f"CREATE DATABASE {TEMPLATE}")
+        await admin.close()
+        async with Database.opened(server.dsn(TEMPLATE), pool_size=2) as database:
+            await database.migrate()
+        yield server
+
+
+@pytest.fixture
+async def dsn(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
+    """A migrated database of this test alone."""
+    name = f"test_{uuid4().hex}"
+    admin = await asyncpg.connect(postgres.dsn("postgres"))
+    await admin.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    yield postgres.dsn(name)
+    await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    await admin.close()
+
+
+@pytest.fixture
+async def database(dsn: str) -> AsyncIterator[Database]:
+    async with Database.opened(dsn, pool_size=POOL_SIZE) as opened:
+        yield opened
+
+
+@dataclass
+class RecordingPublisher:
+    """What was handed to local readers, in order."""
+
+    published: list[StoredEvent] = field(default_factory=list)
+
+    def publish(self, session_id: str, events: Sequence[StoredEvent]) -> None:
+        self.published.extend(events)
+
+
+@dataclass
+class RecordingTurns:
+    """A turn gateway that notes its calls; with `failure` it raises instead."""
+
+    calls: list[tuple[str, ...]] = field(default_factory=list)
+    failure: Exception | None = None
+
+    def _note(self, *call: str) -> None:
+        if self.failure is not None:
+            raise self.failure
+        self.calls.append(call)
+
+    async def wake(self, session_id: str) -> None:
+        self._note("wake", session_id)
+
+    async def cancel(self, session_id: str, reason: str | None) -> None:
+        self._note("cancel", session_id, reason or "")
+
+    async def interrupt(self, session_id: str, message_id: str | None) -> None:
+        self._note("interrupt", session_id, message_id or "")
+
+    async def tool_results(self, session_id: str, tool_call_ids: Sequence[str]) -> None:
+        self._note("tool_results", session_id, *tool_call_ids)
+
+
+def check_model_options(provider_type: str, options: object) -> None:
+    if provider_type == "llmsim" and isinstance(options, dict) and "script" in options:
+        parse_script(options["script"], root="options.script")
+
+
+@pytest.fixture
+def settings(dsn: str) -> Settings:
+    return load_settings({"DEV_MODE": "true", "DATABASE_URL": dsn})
+
+
+@pytest.fixture
+def turns() -> RecordingTurns:
+    return RecordingTurns()
+
+
+@pytest.fixture
+def publisher() -> RecordingPublisher:
+    return RecordingPublisher()
+
+
+@pytest.fixture
+def services(settings: Settings, database: Database, turns: RecordingTurns, publisher: RecordingPublisher) -> Services:
+    log = EventLog(database.pool, publisher)
+    return Services(
+        settings=settings,
+        database=database,
+        log=log,
+        capabilities=builtin_registry(),
+        turns=turns,
+        messages=MessageStore(log),
+        streams=StreamHub(
+            log,
+            EventBus(),
+            StreamLimits(everywhere=100, per_session=5, per_org=50),
+            StreamTiming(cycle_seconds=60, heartbeat_seconds=30),
+            asyncio.Event(),
+        ),
+        background=BackgroundTasks(),
+        check_model_options=check_model_options,
+        check_message_metadata=lambda metadata: None,
+        version="0.0.0",
+    )
+
+
+@pytest.fixture
+def app(services: Services) -> Litestar:
+    return create_app(services)
+
+
+@pytest.fixture
+async def client(app: Litestar) -> AsyncIterator[httpx.AsyncClient]:
+    """For finite answers: an endless SSE stream would hang it."""
+    async with AsyncTestClient(app, base_url="http://testserver.local" + API + "/") as test_client:
+        yield test_client
+
+
+@contextlib.asynccontextmanager
+async def served(app: Litestar) -> AsyncIterator[str]:
+    """The app on a real socket; yields its base URL."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            await serving
+
+
+@pytest.fixture
+async def live_url(app: Litestar) -> AsyncIterator[str]:
+    async with served(app) as url:
+        yield url

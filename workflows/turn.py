@@ -1,0 +1,365 @@
+"""The story of one turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+from temporalio import workflow
+from temporalio.exceptions import ActivityError, ApplicationError, is_cancelled_exception
+
+with workflow.unsafe.imports_passed_through():
+    import msgspec
+
+    from domain.ids import Prefix
+    from domain.messages import Delivery
+    from workflows import contract
+    from workflows.contract import (
+        ActInput,
+        ActResult,
+        CallRef,
+        FinishInput,
+        FinishResult,
+        ReasonInput,
+        ReasonNext,
+        ReasonResult,
+        TurnEnding,
+        TurnPhase,
+    )
+
+Result = TypeVar("Result")
+
+
+@workflow.defn(name=contract.TURN_WORKFLOW)
+class Turn:
+    """One run is one turn of the session whose id is the workflow id: reason, act, reason … until there is an answer.
+
+    What survives a crash: everything. Messages, answers and tool results are in the event log before anyone sees them; this
+    workflow holds ids, counters and intentions, and Temporal rebuilds it on any worker. What is retried: a reason step by the
+    retry table of its provider, a tool call by its side-effect class, and both when their worker is lost; three losses in a
+    row without progress seal the turn. What a person may signal: `message`, `interrupt`, `cancel`, `tool_results`, and
+    `resume`; `approvals` and `answers` end the waits of their kinds. Handlers only note what is wanted; `run` acts on it.
+    """
+
+    @workflow.init
+    def __init__(self, start: contract.TurnStart) -> None:
+        self._start = start
+        # A turn is named after its first run. A run continued as new inside the turn carries the name along.
+        self._turn_id = start.turn_id or f"{Prefix.TURN}_{workflow.info().run_id.replace('-', '')}"
+        self._iteration = start.iteration
+        self._phase = TurnPhase.STARTING
+        # Messages that a running turn reads, and those that want a turn of their own. Counted, because the log knows the rest.
+        self._messages = 0
+        self._follow_ups = 0
+        self._to_record: list[contract.RecordMessageInput] = []
+        self._cancel: contract.CancelSignal | None = None
+        self._interrupted = False
+        self._results = False
+        self._waiting_for: list[str] = []
+        self._recording = 0
+
+    @workflow.run
+    async def run(self, start: contract.TurnStart) -> contract.TurnResult:
+        open_calls = "interrupted"
+        while True:
+            await self._record_brought_messages()
+            if self._cancel is not None:
+                return await self._finish(TurnEnding.CANCELLED, reason=self._cancel.reason)
+            if workflow.info().is_continue_as_new_suggested():
+                await workflow.wait_condition(workflow.all_handlers_finished)
+                workflow.continue_as_new(self._carried_on())
+            self._iteration += 1
+            self._messages = 0
+            self._interrupted = False
+            try:
+                step = await self._reason(open_calls)
+            except ActivityError as error:
+                return await self._finish_after(error)
+            open_calls = "interrupted"
+            if step is None:  # Stopped by a cancel or an interrupt; the next round sees which.
+                continue
+            match step.next:
+                case ReasonNext.NOTHING:
+                    return await self._end("nothing_to_do", more=False)
+                case ReasonNext.DONE:
+                    return await self._end("completed", more=step.more)
+                case ReasonNext.AGAIN:
+                    continue
+                case ReasonNext.ACT:
+                    try:
+                        waiting = await self._act(step)
+                    except ActivityError as error:
+                        return await self._finish_after(error)
+                case ReasonNext.WAIT:
+                    waiting = True
+            if waiting:
+                outcome = await self._wait_for_client(step.client_calls)
+                if outcome == "superseded":
+                    return await self._finish(TurnEnding.SUPERSEDED)
+                if outcome == "timed_out":
+                    open_calls = "timed_out"
+
+    # --- steps --------------------------------------------------------------------------------------------------------
+
+    async def _reason(self, open_calls: str) -> ReasonResult | None:
+        self._phase = TurnPhase.REASONING
+        return await self._stoppable(
+            workflow.start_activity(
+                contract.REASON,
+                ReasonInput(
+                    session_id=self._start.session_id,
+                    turn_id=self._turn_id,
+                    iteration=self._iteration,
+                    open_calls="timed_out" if open_calls == "timed_out" else "interrupted",
+                ),
+                result_type=ReasonResult,
+                task_queue=self._start.steps_queue,
+                start_to_close_timeout=timedelta(seconds=self._start.reason_timeout_seconds),
+                heartbeat_timeout=contract.HEARTBEAT_TIMEOUT,
+                retry_policy=contract.REASON_RETRY,
+                cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
+                summary=f"reason · iteration {self._iteration}",
+            )
+        )
+
+    async def _act(self, step: ReasonResult) -> bool:
+        """Run a batch of tool calls; returns whether client-side calls of the batch are to be waited for."""
+        self._phase = TurnPhase.ACTING
+        slots = asyncio.Semaphore(1 if step.serial else self._start.max_parallel_tools)
+        lanes = await asyncio.gather(
+            *(self._act_in_order(lane, slots) for lane in _lanes(step.calls)), return_exceptions=True
+        )
+        for lane in lanes:
+            if isinstance(lane, BaseException):
+                raise lane
+        if self._stop_requested():
+            return False
+        return any(lane is True for lane in lanes)
+
+    async def _act_in_order(self, calls: Sequence[CallRef], slots: asyncio.Semaphore) -> bool:
+        waiting = False
+        for call in calls:
+            async with slots:
+                if self._stop_requested():
+                    return False
+                result = await self._call(call)
+                waiting = waiting or (result is not None and result.waiting)
+        return waiting
+
+    async def _call(self, call: CallRef) -> ActResult | None:
+        return await self._stoppable(
+            workflow.start_activity(
+                contract.ACT,
+                ActInput(
+                    session_id=self._start.session_id,
+                    turn_id=self._turn_id,
+                    iteration=self._iteration,
+                    call_id=call.call_id,
+                    idempotency_key=f"{self._turn_id}:{call.call_id}",
+                ),
+                result_type=ActResult,
+                task_queue=self._start.steps_queue,
+                start_to_close_timeout=timedelta(seconds=call.timeout_seconds) + contract.ACT_TIMEOUT_MARGIN,
+                heartbeat_timeout=contract.HEARTBEAT_TIMEOUT,
+                retry_policy=contract.ACT_RETRY,
+                cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
+                summary=f"act · {call.name}",
+            )
+        )
+
+    async def _wait_for_client(self, call_ids: list[str]) -> str:
+        self._phase = TurnPhase.WAITING_FOR_TOOL_RESULTS
+        self._waiting_for = call_ids
+        self._show_status("waiting")
+        workflow.set_current_details(f"Waiting for the client to return results of: {', '.join(call_ids)}")
+        try:
+            await workflow.wait_condition(
+                lambda: self._results or self._messages > 0 or self._stop_requested(),
+                timeout=timedelta(seconds=self._start.client_tool_timeout_seconds),
+                timeout_summary="client-side tool results",
+            )
+        except TimeoutError:
+            return "timed_out"
+        finally:
+            self._waiting_for = []
+            workflow.set_current_details("")
+            self._show_status("running")
+        if self._results:
+            self._results = False
+            return "results"
+        if self._cancel is not None:
+            return "cancelled"
+        await self._record_brought_messages()
+        return "superseded"
+
+    async def _record_brought_messages(self) -> None:
+        """Store messages whose content came by signal; from then on they are like any other."""
+        while self._to_record:
+            await self._record(self._to_record[0])
+            self._to_record.pop(0)
+
+    async def _record(self, brought: contract.RecordMessageInput) -> None:
+        await workflow.execute_activity(
+            contract.RECORD_MESSAGE,
+            brought,
+            task_queue=self._start.steps_queue,
+            start_to_close_timeout=contract.DATABASE_STEP_TIMEOUT,
+            retry_policy=contract.DATABASE_STEP_RETRY,
+            summary="record a message brought by signal",
+        )
+
+    async def _stoppable(self, step: workflow.ActivityHandle[Result]) -> Result | None:
+        """Wait for a step; a cancel or an interrupt stops it, and the result is None."""
+        await workflow.wait_condition(lambda: step.done() or self._stop_requested())
+        if not step.done():
+            step.cancel()
+        try:
+            return await step
+        except ActivityError as error:
+            if self._stop_requested() and is_cancelled_exception(error):
+                return None
+            raise
+
+    def _stop_requested(self) -> bool:
+        return self._interrupted or self._cancel is not None
+
+    # --- ending -------------------------------------------------------------------------------------------------------
+
+    async def _finish_after(self, error: ActivityError) -> contract.TurnResult:
+        cause = error.cause
+        kind = cause.type if isinstance(cause, ApplicationError) else None
+        if kind == contract.NO_PROGRESS:
+            return await self._finish(TurnEnding.SEALED, reason="the workers running this step were lost repeatedly")
+        if kind == contract.SESSION_GONE:
+            return contract.TurnResult(ending="session_gone", turn_id=self._turn_id, iterations=self._iteration)
+        return await self._finish(
+            TurnEnding.FAILED, error_code=None if kind == contract.MODEL_FAILED else "processing_error"
+        )
+
+    async def _finish(
+        self, ending: TurnEnding, *, reason: str | None = None, error_code: str | None = None
+    ) -> contract.TurnResult:
+        self._phase = TurnPhase.ENDING
+        result = await workflow.execute_activity(
+            contract.FINISH,
+            FinishInput(
+                session_id=self._start.session_id,
+                turn_id=self._turn_id,
+                iteration=self._iteration,
+                ending=ending,
+                reason=reason,
+                error_code=error_code,
+                read_up_to=self._cancel.read_up_to if self._cancel is not None else None,
+            ),
+            result_type=FinishResult,
+            task_queue=self._start.steps_queue,
+            start_to_close_timeout=contract.DATABASE_STEP_TIMEOUT,
+            retry_policy=contract.DATABASE_STEP_RETRY,
+            summary=f"finish · {ending.value}",
+        )
+        return await self._end(ending.value, more=result.more)
+
+    async def _end(self, ending: str, *, more: bool) -> contract.TurnResult:
+        """Close the run, or go on with the next turn when a message arrived after this one was closed in the log."""
+        await self._record_brought_messages()
+        await workflow.wait_condition(workflow.all_handlers_finished)
+        self._show_status(ending)
+        # A signal that came after the turn was closed in the log leaves no other trace here, so any of them starts a look;
+        # when the log holds nothing unread, the next run ends at once without a turn.
+        if more or self._messages > 0 or self._follow_ups > 0:
+            workflow.continue_as_new(self._next_turn())
+        return contract.TurnResult(ending=ending, turn_id=self._turn_id, iterations=self._iteration)
+
+    def _show_status(self, status: str) -> None:
+        """Keep the Web UI's filter true. Only when the starter registered the attributes: an unknown one fails the run."""
+        if self._start.search_attributes:
+            workflow.upsert_search_attributes([contract.TURN_STATUS_ATTRIBUTE.value_set(status)])
+
+    def _carried_on(self) -> contract.TurnStart:
+        return msgspec.structs.replace(self._start, turn_id=self._turn_id, iteration=self._iteration)
+
+    def _next_turn(self) -> contract.TurnStart:
+        return msgspec.structs.replace(self._start, turn_id=None, iteration=0)
+
+    # --- what a person or a program may ask for -----------------------------------------------------------------------
+
+    @workflow.signal
+    def message(self, signal: contract.MessageSignal) -> None:
+        """A message for this session: stored already (`message_id`), or brought along (`content`)."""
+        if signal.content is not None:
+            self._to_record.append(self._brought(signal))
+        self._note(signal.delivery)
+
+    @workflow.signal
+    def interrupt(self, signal: contract.InterruptSignal) -> None:
+        """Stop the running step, keep a legal history, and read what waits."""
+        self._messages += 1
+        self._interrupted = True
+
+    @workflow.signal
+    def cancel(self, signal: contract.CancelSignal) -> None:
+        self._cancel = signal
+
+    @workflow.signal
+    def tool_results(self, signal: contract.ToolResultsSignal) -> None:
+        self._results = True
+
+    @workflow.signal
+    def approvals(self, signal: contract.ApprovalsSignal) -> None:
+        self._results = True
+
+    @workflow.signal
+    def answers(self, signal: contract.AnswersSignal) -> None:
+        self._results = True
+
+    @workflow.signal
+    def resume(self) -> None:
+        """Have the log looked at once more for messages when this turn ends."""
+        self._follow_ups += 1
+
+    @workflow.query
+    def status(self) -> contract.TurnStatusView:
+        return contract.TurnStatusView(
+            turn_id=self._turn_id,
+            phase=self._phase,
+            iteration=self._iteration,
+            pending_messages=self._messages,
+            waiting_for=self._waiting_for,
+        )
+
+    @workflow.update
+    async def send_message(self, signal: contract.MessageSignal) -> contract.SendMessageReceipt:
+        """Store a message and answer with its id. A turn that is at work reads it; otherwise it begins one."""
+        steered = self._phase is not TurnPhase.STARTING
+        brought = self._brought(signal)
+        await self._record(brought)
+        self._note(signal.delivery)
+        return contract.SendMessageReceipt(message_id=brought.message_id, turn_id=self._turn_id, steered=steered)
+
+    @send_message.validator
+    def _check_message(self, signal: contract.MessageSignal) -> None:
+        if not signal.content:
+            raise ValueError("`content` must hold at least one part")
+
+    def _note(self, delivery: Delivery) -> None:
+        if delivery is Delivery.FOLLOW_UP:
+            self._follow_ups += 1
+            return
+        self._messages += 1
+        self._interrupted = self._interrupted or delivery is Delivery.INTERRUPT
+
+    def _brought(self, signal: contract.MessageSignal) -> contract.RecordMessageInput:
+        # Deterministic under replay, so that a retried record step stores one message.
+        message_id = signal.message_id or f"{Prefix.MESSAGE}_{workflow.uuid4().hex}"
+        return contract.RecordMessageInput(session_id=self._start.session_id, message_id=message_id, message=signal)
+
+
+def _lanes(calls: Sequence[CallRef]) -> list[list[CallRef]]:
+    """Calls that may run side by side, each with those of its concurrency class behind it."""
+    lanes: dict[str, list[CallRef]] = {}
+    for call in calls:
+        key = f"class:{call.concurrency_class}" if call.concurrency_class else f"call:{call.call_id}"
+        lanes.setdefault(key, []).append(call)
+    return list(lanes.values())
