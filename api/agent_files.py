@@ -22,7 +22,9 @@ from domain.errors import InvalidInput, invalid_field
 from domain.resources import Agent
 from domain.tools import ToolDefinition
 
-FRONT_MATTER: Final = re.compile(r"\A---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)(?P<body>.*)\Z", re.DOTALL | re.MULTILINE)
+FRONT_MATTER: Final = re.compile(
+    r"\A---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)(?P<body>.*)\Z", re.DOTALL | re.MULTILINE
+)
 
 
 class AgentFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -53,7 +55,8 @@ _LOOKS_LIKE_YAML: Final = re.compile(rf"\A(?:\s*#[^\n]*\n|\s*\n)*(?:{'|'.join(_F
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not supported")
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases are not supported", problem_mark=mark)
         return super().compose_node(parent, index)
 
 
@@ -66,6 +69,14 @@ _Loader.yaml_implicit_resolvers = {
 class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
         return True
+
+    def represent_text(self, data: str) -> yaml.ScalarNode:
+        # YAML 1.1 folds these line breaks, too; only a double-quoted scalar can escape them.
+        style = '"' if any(line_break in data for line_break in "\r\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def parse_agent_file(text: str) -> AgentFile:

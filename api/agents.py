@@ -40,28 +40,28 @@ from domain.resources import Agent, AgentChanges, Lifecycle, ResourceStats
 
 
 class _AgentFields(LayerRequest, frozen=True, kw_only=True):
-    display_name: str | None | UnsetType = UNSET
-    description: str | None | UnsetType = UNSET
-    default_model_id: str | None | UnsetType = UNSET
-    harness_id: str | None | UnsetType = UNSET
-    harness_name: str | None | UnsetType = UNSET
-    tools: list[ToolInput] | None | UnsetType = UNSET
-    max_iterations: MaxIterations | None | UnsetType = UNSET
+    display_name: str | UnsetType | None = UNSET
+    description: str | UnsetType | None = UNSET
+    default_model_id: str | UnsetType | None = UNSET
+    harness_id: str | UnsetType | None = UNSET
+    harness_name: str | UnsetType | None = UNSET
+    tools: list[ToolInput] | UnsetType | None = UNSET
+    max_iterations: MaxIterations | UnsetType | None = UNSET
 
 
 class CreateAgent(_AgentFields, frozen=True, kw_only=True):
     """Without a harness the `generic` one is used. An agent that has the given `id`, or else the `name`, is replaced."""
 
     name: str
-    system_prompt: str
+    system_prompt: str  # pyright: ignore[reportGeneralTypeIssues] # required here, optional in a PATCH
     id: str | None = None
 
 
 class UpdateAgent(_AgentFields, frozen=True, kw_only=True):
     """Absent fields stay as they are; null clears what can be empty. `status` archives and reactivates."""
 
-    name: str | None | UnsetType = UNSET
-    status: Lifecycle | None | UnsetType = UNSET
+    name: str | UnsetType | None = UNSET
+    status: Lifecycle | UnsetType | None = UNSET
 
 
 class AgentView(Agent, frozen=True, kw_only=True, omit_defaults=True):
@@ -299,7 +299,7 @@ async def export_agent(agent_id: FromPath[str]) -> Response[str]:
     agent = await agents.get_agent(agent_id)
     return Response(
         export_agent_file(agent),
-        media_type="text/markdown; charset=utf-8",
+        media_type="text/markdown",
         headers={"Content-Disposition": f'attachment; filename="{agent.id}.md"'},
     )
 

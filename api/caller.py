@@ -50,7 +50,9 @@ def check_change_reason(encoded: str) -> None:
         raise InvalidChangeReason(f"{CHANGE_REASON} must be percent-encoded UTF-8") from None
     if len(reason) > CHANGE_REASON_MAX_CHARACTERS:
         raise InvalidChangeReason(f"{CHANGE_REASON} may hold {CHANGE_REASON_MAX_CHARACTERS} characters")
-    if any((ord(character) < 0x20 and character not in "\n\t") or 0x7F <= ord(character) < 0xA0 for character in reason):
+    if any(
+        (ord(character) < 0x20 and character not in "\n\t") or 0x7F <= ord(character) < 0xA0 for character in reason
+    ):
         raise InvalidChangeReason(f"{CHANGE_REASON} must not contain control characters")
     if _CREDENTIAL.search(reason):
         raise InvalidChangeReason(f"{CHANGE_REASON} looks as if it contained a credential")

@@ -23,8 +23,6 @@ class CapabilityView(CapabilityInfo, frozen=True, kw_only=True, omit_defaults=Tr
     """`agent_count` and `harness_count` are the active ones that refer to it."""
 
     self_url: str
-    is_mcp: bool
-    is_skill: bool
 
 
 class CapabilityPage(Page, frozen=True, kw_only=True, omit_defaults=True):

@@ -5,6 +5,7 @@ Litestar's own middleware starts behind its router, too late for a 404; so this 
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from typing import Final
@@ -15,6 +16,7 @@ from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
 REQUEST_ID: Final = "X-Request-Id"
 _REQUEST_ID_KEY: Final = REQUEST_ID.lower().encode()
+READS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 _SANE_REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
 log = structlog.get_logger("api.access")
@@ -42,7 +44,9 @@ class Edge:
             # The template, not the path: ids in it would make every line unique, and the session's is bound by the route.
             route = scope.get("path_template") or "unknown"
             elapsed_ms = round((time.perf_counter() - started) * 1000, 1)
-            log.info(event, method=scope["method"], route=route, status=status, ms=elapsed_ms)
+            # Reads that succeed are what clients poll with: at INFO they would bury the lines about turns.
+            level = logging.DEBUG if event == "request" and scope["method"] in READS and status < 400 else logging.INFO
+            log.log(level, event, method=scope["method"], route=route, status=status, ms=elapsed_ms)
 
         async def send_with_request_id(message: Message) -> None:
             nonlocal status, streams

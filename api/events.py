@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Annotated, Final
 
 from litestar import Response, Router, get
+from litestar.background_tasks import BackgroundTask
 from litestar.di import NamedDependency
+from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import ResponseSpec
 from litestar.params import FromPath, FromQuery, HeaderParameter, QueryParameter
 from litestar.response import Stream
+from litestar.types import Method
+from litestar.types.internal_types import PathParameterDefinition
 from msgspec import Struct
 
 from api.frames import event_json
 from api.problems import declared
 from api.services import Services
 from api.streams import Selection
-from db.event_log import MAX_EVENTS_PER_READ, EventFilter
+from db.event_log import MAX_EVENTS_PER_READ, MAX_SEQUENCE, EventFilter
 from domain.clock import timestamp
 from domain.errors import InvalidInput, UnknownEventType
 from domain.events import EPHEMERAL_TYPES, EVENT_TYPES, Accumulator, EventContext, StoredEvent
-from domain.ids import DEFAULT_ORG_ID, Prefix, parse_id
+from domain.ids import DEFAULT_ORG_ID, Prefix
+from domain.limits import check_id
 
 MAX_FILTER_NAMES: Final = 64
 MAX_LIMIT: Final = 1_000
@@ -33,7 +39,7 @@ MAX_SNAP_EVENTS: Final = 500
 
 STREAM_HEADERS: Final = {"Cache-Control": "no-cache, no-store", "X-Accel-Buffering": "no"}
 
-After = Annotated[int | None, QueryParameter(ge=0)]
+Cursor = Annotated[int | None, QueryParameter(ge=0, le=MAX_SEQUENCE)]
 
 
 class EventView(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -92,8 +98,8 @@ async def list_events(
     types: FromQuery[list[str] | None] = None,
     exclude: FromQuery[list[str] | None] = None,
     since_id: FromQuery[str | None] = None,
-    after_sequence: After = None,
-    before_sequence: After = None,
+    after_sequence: Cursor = None,
+    before_sequence: Cursor = None,
     limit: Annotated[int | None, QueryParameter(ge=1, le=MAX_LIMIT)] = None,
     around: FromQuery[str | None] = None,
     window: Annotated[int, QueryParameter(ge=1, le=MAX_WINDOW)] = DEFAULT_WINDOW,
@@ -110,9 +116,13 @@ async def list_events(
     """Events of the session, oldest first.
 
     Without `limit` everything, at most 10,000. With it the newest ones, beginning where a turn begins; with a cursor
-    (`since_id`, `after_sequence`) the first ones after it. `X-Total-Count` counts without deltas.
+    (`since_id`, `after_sequence`) the first ones after it. `X-Total-Count` counts without deltas. `around` gives `window`
+    events on each side of one event, and goes with no other cursor.
     """
     await services.messages.require(DEFAULT_ORG_ID, session_id)
+    _check_texts(trace_id=trace_id, tool_name=tool_name, q=q, **{f"tags[{n}]": tag for n, tag in enumerate(tags or ())})
+    if around is not None and (since_id is not None or after_sequence is not None or before_sequence is not None):
+        raise InvalidInput("`around` goes with no other cursor", field="around")
     if since_id is not None:
         after_sequence = max(after_sequence or 0, await services.log.cursor_from(session_id, since_id))
     wanted = EventFilter(
@@ -120,8 +130,8 @@ async def list_events(
         exclude=known_types(exclude, "exclude"),
         after_sequence=after_sequence,
         before_sequence=before_sequence,
-        from_ts=from_ts,
-        to_ts=to_ts,
+        from_ts=_utc(from_ts, "from_ts"),
+        to_ts=_utc(to_ts, "to_ts"),
         turn_id=turn_id,
         exec_id=exec_id,
         trace_id=trace_id,
@@ -130,7 +140,7 @@ async def list_events(
         q=q,
     )
     if around is not None:
-        events = await _around(services, session_id, around, window)
+        events = await _around(services, session_id, around, window, wanted)
     elif limit is None:
         cap = SEARCH_LIMIT if q or tool_name else MAX_EVENTS_PER_READ
         events = await services.log.find(session_id, wanted, limit=cap)
@@ -142,17 +152,8 @@ async def list_events(
             events = await _snapped_to_turn(services, session_id, events)
     headers = {}
     if limit is not None:
-        counted = EventFilter(
-            types=wanted.types,
-            exclude=[*(wanted.exclude or ()), *EPHEMERAL_TYPES],
-            turn_id=turn_id,
-            exec_id=exec_id,
-            trace_id=trace_id,
-            tags=wanted.tags,
-            tool_name=tool_name,
-            q=q,
-            from_ts=from_ts,
-            to_ts=to_ts,
+        counted = replace(
+            wanted, exclude=[*(wanted.exclude or ()), *EPHEMERAL_TYPES], after_sequence=None, before_sequence=None
         )
         headers["X-Total-Count"] = str(await services.log.count(session_id, counted))
     accumulator = Accumulator()
@@ -168,13 +169,34 @@ async def list_events(
     )
 
 
-async def _around(services: Services, session_id: str, event_id: str, window: int) -> list[StoredEvent]:
-    parse_id(Prefix.EVENT, event_id)
+async def _around(
+    services: Services, session_id: str, event_id: str, window: int, wanted: EventFilter
+) -> list[StoredEvent]:
+    """The event, which is there even if the filters leave it out, and `window` filtered ones on each side."""
+    check_id(Prefix.EVENT, event_id, "around")
     center = await services.log.sequence_of(session_id, event_id)
     if center is None:
         raise InvalidInput("`around` names no event of this session", field="around")
-    first = max(0, center - 1 - window // 2)
-    return await services.log.read(session_id, after_sequence=first, limit=window)
+    before = await services.log.find(session_id, replace(wanted, before_sequence=center), limit=window, newest=True)
+    after = await services.log.find(session_id, replace(wanted, after_sequence=center), limit=window)
+    return [*before, *await services.log.read(session_id, after_sequence=center - 1, limit=1), *after]
+
+
+def _check_texts(**texts: str | None) -> None:
+    """PostgreSQL's text has no U+0000: such a search could match nothing, and the database would refuse it."""
+    for name, text in texts.items():
+        if text is not None and "\0" in text:
+            raise InvalidInput(f"`{name}` must not contain the character U+0000", field=name)
+
+
+def _utc(moment: datetime | None, parameter: str) -> datetime | None:
+    """The moment in UTC, which a time without an offset is taken for."""
+    if moment is None:
+        return None
+    try:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except OverflowError:  # Next to the first or the last representable year, an offset leads out of it.
+        raise InvalidInput(f"`{parameter}` is out of range", field=parameter) from None
 
 
 async def _snapped_to_turn(services: Services, session_id: str, events: list[StoredEvent]) -> list[StoredEvent]:
@@ -206,9 +228,14 @@ async def summarize_events(session_id: FromPath[str], services: NamedDependency[
     )
 
 
+def _stream_operation_id(handler: HTTPRouteHandler, method: Method, path: list[str | PathParameterDefinition]) -> str:
+    """One handler at two addresses: operation ids have to be unique, or there is no OpenAPI description at all."""
+    return "stream_events" if path[-1] == "sse" else "stream_events_alias"
+
+
 @get(
     ["/sse", "/events/stream"],
-    operation_id="stream_events",
+    operation_id=_stream_operation_id,
     summary="Stream events",
     media_type="text/event-stream",
     responses={
@@ -227,7 +254,7 @@ async def stream_events(
     types: FromQuery[list[str] | None] = None,
     exclude: FromQuery[list[str] | None] = None,
     since_id: FromQuery[str | None] = None,
-    after_sequence: After = None,
+    after_sequence: Cursor = None,
     last_event_id: Annotated[str | None, HeaderParameter(name="Last-Event-ID")] = None,
 ) -> Stream:
     """Everything after the cursor, then live: same order, no gap, no duplicate. Without a cursor from the first event.
@@ -244,7 +271,14 @@ async def stream_events(
     if event_id:
         cursor = await services.log.cursor_from(session_id, event_id)
     stream = services.streams.open(DEFAULT_ORG_ID, session_id, cursor=cursor, selection=selection)
-    return Stream(stream, media_type="text/event-stream", headers=STREAM_HEADERS, status_code=200)
+    return Stream(
+        stream,
+        media_type="text/event-stream",
+        headers=STREAM_HEADERS,
+        status_code=200,
+        # Runs after a disconnect too: without it the slot would be held until the stream is garbage-collected.
+        background=BackgroundTask(stream.aclose),
+    )
 
 
 router = Router(

@@ -163,7 +163,9 @@ async def get_harness(services: NamedDependency[Services], harness_id: FromPath[
     return harness_view(services, harness, counts.get(harness.id, 0))
 
 
-@patch("/{harness_id:str}", operation_id="update_harness", summary="Update a harness", responses=declared(403, 409, 413))
+@patch(
+    "/{harness_id:str}", operation_id="update_harness", summary="Update a harness", responses=declared(403, 409, 413)
+)
 async def update_harness(
     services: NamedDependency[Services], harness_id: FromPath[str], data: JSONBody[UpdateHarness]
 ) -> HarnessView:
@@ -202,7 +204,13 @@ async def get_harness_stats(services: NamedDependency[Services], harness_id: Fro
     return await sessions.resource_stats(services.database, "harness_id", harness.id)
 
 
-@get("/harness-examples", operation_id="list_harness_examples", summary="List harness examples", tags=["harnesses"], responses=declared())
+@get(
+    "/harness-examples",
+    operation_id="list_harness_examples",
+    summary="List harness examples",
+    tags=["harnesses"],
+    responses=declared(),
+)
 async def list_harness_examples() -> list[HarnessExample]:
     """Built-in examples; `POST /v1/harnesses/import?from-example=` makes one your own."""
     return HARNESS_EXAMPLES

@@ -21,7 +21,9 @@ MAX_OFFSET: Final = 1_000_000_000
 """Far beyond every resource limit, and well inside PostgreSQL's bigint."""
 
 Offset = Annotated[int, QueryParameter(ge=0, le=MAX_OFFSET, description="How many items to skip.")]
-Limit = Annotated[int, QueryParameter(ge=1, description=f"Items per page; more than {MAX_LIMIT} is read as {MAX_LIMIT}.")]
+Limit = Annotated[
+    int, QueryParameter(ge=1, description=f"Items per page; more than {MAX_LIMIT} is read as {MAX_LIMIT}.")
+]
 
 POLICY_ACTIONS: Final = ("read", "create", "update", "delete")
 

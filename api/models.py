@@ -29,12 +29,12 @@ class CreateModel(Struct, frozen=True, kw_only=True):
 class UpdateModel(Struct, frozen=True, kw_only=True):
     """Absent and null fields stay as they are."""
 
-    model_id: str | None | UnsetType = UNSET
-    display_name: str | None | UnsetType = UNSET
-    capabilities: list[str] | None | UnsetType = UNSET
-    enabled: bool | None | UnsetType = UNSET
-    is_favorite: bool | None | UnsetType = UNSET
-    options: dict[str, object] | None | UnsetType = UNSET
+    model_id: str | UnsetType | None = UNSET
+    display_name: str | UnsetType | None = UNSET
+    capabilities: list[str] | UnsetType | None = UNSET
+    enabled: bool | UnsetType | None = UNSET
+    is_favorite: bool | UnsetType | None = UNSET
+    options: dict[str, object] | UnsetType | None = UNSET
 
 
 class ModelView(Model, frozen=True, kw_only=True, omit_defaults=True):

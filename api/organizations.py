@@ -16,8 +16,8 @@ from domain.resources import Organization
 class UpdateOrganization(Struct, frozen=True, kw_only=True):
     """`default_model_id` is the model of whatever names none; null leaves it open."""
 
-    name: str | None | UnsetType = UNSET
-    default_model_id: str | None | UnsetType = UNSET
+    name: str | UnsetType | None = UNSET
+    default_model_id: str | UnsetType | None = UNSET
 
 
 class OrganizationList(Struct, frozen=True, kw_only=True):
@@ -40,9 +40,7 @@ async def get_organization(org: FromPath[str]) -> Organization:
 @patch("/{org:str}", operation_id="update_organization", summary="Update an organization", responses=declared(413))
 async def update_organization(org: FromPath[str], data: JSONBody[UpdateOrganization]) -> Organization:
     """Turns see a new default model from the next one on."""
-    return await organizations.update_organization(
-        org, name=present(data.name), default_model_id=data.default_model_id
-    )
+    return await organizations.update_organization(org, name=present(data.name), default_model_id=data.default_model_id)
 
 
 router = Router(

@@ -6,6 +6,7 @@ with its traceback under the request's id and answered with a text that says not
 
 from __future__ import annotations
 
+import re
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -37,6 +38,8 @@ RETRY_AFTER_SECONDS: Final = {"sse_limit": 5, "dependency_unavailable": 5, "too_
 NUL_SQLSTATES: Final = frozenset({"22021", "22P05"})
 """PostgreSQL's text holds every character but U+0000."""
 NESTING_SQLSTATE: Final = "54001"
+
+_MISSING: Final = re.compile(r"Object missing required field `(.+)`")
 
 _BY_STATUS: Final[dict[int, type[EverrunsError]]] = {
     400: InvalidInput,
@@ -153,10 +156,18 @@ def as_error(request: Request[Any, Any, Any], raised: Exception) -> EverrunsErro
 def _invalid(raised: ValidationException) -> InvalidInput:
     """Litestar's list of what is wrong, as one sentence per field; the first field is `field`."""
     extra = raised.extra if isinstance(raised.extra, list) else []
-    wrong = [(str(item.get("key") or ""), str(item.get("message") or "")) for item in extra if isinstance(item, dict)]
-    if not wrong:
+    found = [_place(str(item.get("key") or ""), str(item.get("message") or "")) for item in extra]
+    if not found:
         return InvalidInput()
-    text = "; ".join(f"{key}: {message}" if key else message for key, message in wrong)
-    return InvalidInput(text, field=wrong[0][0] or None)
+    if found[0] == ("", "'data'"):
+        return MalformedBody("A JSON body is required")
+    text = "; ".join(f"{field}: {message}" if field else message for field, message in found)
+    return InvalidInput(text, field=found[0][0] or None)
 
 
+def _place(key: str, message: str) -> tuple[str, str]:
+    """`data` is the body's name in our handlers, not in the request; a missing field is named in the message only."""
+    field = "" if key == "data" else key
+    if match := _MISSING.fullmatch(message):
+        field = f"{field}.{match[1]}" if field else match[1]
+    return field, message

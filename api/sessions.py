@@ -60,10 +60,10 @@ class CreateSession(LayerRequest, frozen=True, kw_only=True):
 class UpdateSession(msgspec.Struct, frozen=True, kw_only=True):
     """Absent fields stay as they are; null clears them."""
 
-    title: str | None | UnsetType = UNSET
-    locale: str | None | UnsetType = UNSET
-    tags: list[str] | None | UnsetType = UNSET
-    agent_identity_id: str | None | UnsetType = UNSET
+    title: str | UnsetType | None = UNSET
+    locale: str | UnsetType | None = UNSET
+    tags: list[str] | UnsetType | None = UNSET
+    agent_identity_id: str | UnsetType | None = UNSET
 
 
 class SessionView(Session, frozen=True, kw_only=True, omit_defaults=True):
@@ -191,7 +191,9 @@ async def delete_session(services: NamedDependency[Services], session_id: FromPa
     await sessions.delete_session(services.database, session_id, services.turns.cancel)
 
 
-@put("/{session_id:str}/pin", operation_id="pin_session", summary="Pin a session", status_code=204, responses=declared())
+@put(
+    "/{session_id:str}/pin", operation_id="pin_session", summary="Pin a session", status_code=204, responses=declared()
+)
 async def pin_session(services: NamedDependency[Services], session_id: FromPath[str]) -> None:
     """For the calling user. Pinning twice is fine."""
     await sessions.pin_session(services.database, session_id)

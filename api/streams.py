@@ -27,6 +27,9 @@ from infra.event_bus import EventBus
 RING_EVENTS: Final = 2_000
 RING_BYTES: Final = 1_000_000
 PAGE_EVENTS: Final = 500
+SLICE_BYTES: Final = 256 * 1024
+"""Encoded and sent at a time: the deltas of a long message, each with all its text so far, make megabytes of one page."""
+READ_RETRY_SECONDS: Final = 0.5
 CYCLE_JITTER: Final = 0.2
 """Streams opened together must not all come back together."""
 
@@ -61,13 +64,20 @@ class _Frame(Struct, frozen=True):
     data: bytes
 
 
-async def encode_page(log: EventLog, events: Sequence[StoredEvent], accumulator: Accumulator) -> list[_Frame]:
-    """Frames of consecutive events. A delta whose beginning lies before the page gets it from the log."""
+async def encode_slice(log: EventLog, events: Sequence[StoredEvent], accumulator: Accumulator) -> list[_Frame]:
+    """Frames of the first of these consecutive events: at least one, and about `SLICE_BYTES`.
+
+    A delta whose beginning lies before them gets it from the log.
+    """
     frames: list[_Frame] = []
+    size = 0
     for event in events:
         if event.type in Accumulator.TYPES and not accumulator.knows(event):
             accumulator.prime(event, await log.text_before(event))
         frames.append(_Frame(event.sequence, event.type, sse_frame(event, accumulator)))
+        size += len(frames[-1].data)
+        if size >= SLICE_BYTES:
+            break
     return frames
 
 
@@ -85,34 +95,38 @@ class _Feed:
         self._changed = asyncio.Event()
         self._reading: asyncio.Task[None] | None = None
         self._known = 0
-        self._ready: asyncio.Task[None] | None = None
+        self._positioned = False
+        self._positioning: asyncio.Task[None] | None = None
 
     async def ready(self) -> None:
         """Find out where the log is. Frames from here on are in the ring; older ones come from the log."""
-        if self._ready is None:
-            self._ready = asyncio.create_task(self._find_position())
-        await asyncio.shield(self._ready)
+        if self._positioned:
+            return
+        # One query for all who wait; when it fails they fail, and the next reader asks again.
+        if self._positioning is None or self._positioning.done():
+            self._positioning = asyncio.create_task(self._find_position())
+        await asyncio.shield(self._positioning)
 
     async def _find_position(self) -> None:
         self.position = await self._log.last_sequence(self.session_id)
+        self._positioned = True
         if self._known > self.position:
             self._catch_up()
 
     def committed(self, events: Sequence[StoredEvent]) -> None:
         self._known = max(self._known, events[-1].sequence)
-        ready = self._ready is not None and self._ready.done()
         fresh = [event for event in events if event.sequence > self.position]
         in_order = bool(fresh) and fresh[0].sequence == self.position + 1 and self._reading is None
-        if ready and in_order and all(self._encodable(event) for event in fresh):
+        if self._positioned and in_order and all(self._encodable(event) for event in fresh):
             self._append([_Frame(e.sequence, e.type, sse_frame(e, self._accumulator)) for e in fresh])
-        elif ready and fresh:
+        elif self._positioned and fresh:
             self._catch_up()
 
     def advanced(self, sequence: int | None) -> None:
         if sequence is not None and sequence <= self.position:
             return
         self._known = max(self._known, sequence or self._known + 1)
-        if self._ready is not None and self._ready.done():
+        if self._positioned:
             self._catch_up()
 
     def _encodable(self, event: StoredEvent) -> bool:
@@ -125,19 +139,36 @@ class _Feed:
     async def _read_log(self) -> None:
         try:
             while True:
-                wanted = self._known
-                events = await self._log.read(self.session_id, after_sequence=self.position, limit=PAGE_EVENTS)
-                self._append(await encode_page(self._log, events, self._accumulator))
-                if not events and wanted == self._known:
-                    self._known = self.position
+                try:
+                    await self._read_to_end()
+                except Exception as error:
+                    # Nobody may ever tell us again that there is something to read.
+                    log.warning(
+                        "reading the log for a stream failed", session_id=self.session_id, error=type(error).__name__
+                    )
+                    await asyncio.sleep(READ_RETRY_SECONDS)
+                else:
                     return
-                if len(events) < PAGE_EVENTS and self._known <= self.position:
-                    return
-        except Exception:
-            # The readers see no progress now; the next notification or the listener's return starts another try.
-            log.exception("reading the log for a stream failed", session_id=self.session_id)
         finally:
             self._reading = None
+
+    async def _read_to_end(self) -> None:
+        while True:
+            wanted = self._known
+            events = await self._log.read(self.session_id, after_sequence=self.position, limit=PAGE_EVENTS)
+            full = len(events) == PAGE_EVENTS
+            while events:
+                frames = await encode_slice(self._log, events, self._accumulator)
+                self._append(frames)
+                events = events[len(frames) :]
+            if full:
+                continue
+            if self._known <= self.position:
+                return
+            if wanted == self._known:
+                # What was announced is not there (yet): its transaction was rolled back, or we were told to just look.
+                self._known = self.position
+                return
 
     def _append(self, frames: Sequence[_Frame]) -> None:
         for frame in frames:
@@ -155,20 +186,27 @@ class _Feed:
         changed.set()
 
     def after(self, cursor: int) -> list[_Frame] | None:
-        """Frames after a cursor, or None when the ring does not reach back that far."""
+        """The next frames after a cursor, or None when the ring does not reach back that far."""
         if cursor >= self.position:
             return []
         first = self._ring[0].sequence if self._ring else self.position + 1
         if cursor + 1 < first:
             return None
-        return [self._ring[-back] for back in range(self.position - cursor, 0, -1)]
+        frames: list[_Frame] = []
+        size = 0
+        for back in range(self.position - cursor, 0, -1):
+            frames.append(self._ring[-back])
+            size += len(frames[-1].data)
+            if size >= SLICE_BYTES:
+                break
+        return frames
 
     @property
     def changed(self) -> asyncio.Event:
         return self._changed
 
     def close(self) -> None:
-        for task in (self._reading, self._ready):
+        for task in (self._reading, self._positioning):
             if task is not None:
                 task.cancel()
 
@@ -229,36 +267,41 @@ class StreamHub:
         loop = asyncio.get_running_loop()
         jitter = random.uniform(1 - CYCLE_JITTER, 1 + CYCLE_JITTER)  # noqa: S311  # spreads load, guards nothing
         ends_at = loop.time() + self._timing.cycle_seconds * jitter
-        yield CONNECTED
-        await feed.ready()
+        beats_at = loop.time() + self._timing.heartbeat_seconds
         accumulator: Accumulator | None = None
-        while not self._drain.is_set():
-            changed = feed.changed
-            frames = feed.after(cursor)
-            if frames is None:
-                accumulator = accumulator or Accumulator()
-                events = await self._log.read(feed.session_id, after_sequence=cursor, limit=PAGE_EVENTS)
-                frames = await encode_page(self._log, events, accumulator)
-            else:
-                accumulator = None
-            if frames:
-                cursor = frames[-1].sequence
-                data = b"".join(frame.data for frame in frames if selection.wants(frame.type))
-                if data:
-                    yield data
-                if loop.time() >= ends_at:
-                    break
-                continue
-            remaining = ends_at - loop.time()
-            if remaining <= 0:
-                break
-            try:
-                async with asyncio.timeout(min(remaining, self._timing.heartbeat_seconds)):
-                    await changed.wait()
-            except TimeoutError:
-                if loop.time() < ends_at:
+        backlog: list[StoredEvent] = []
+        reason = "connection_cycle"
+        yield CONNECTED
+        try:
+            await feed.ready()
+            while not self._drain.is_set() and loop.time() < ends_at:
+                changed = feed.changed
+                frames = feed.after(cursor)
+                if frames is None:
+                    if not backlog:
+                        backlog = await self._log.read(feed.session_id, after_sequence=cursor, limit=PAGE_EVENTS)
+                    accumulator = accumulator or Accumulator()
+                    frames = await encode_slice(self._log, backlog, accumulator)
+                    backlog = backlog[len(frames) :]
+                else:
+                    backlog, accumulator = [], None
+                if frames:
+                    cursor = frames[-1].sequence
+                    data = b"".join(frame.data for frame in frames if selection.wants(frame.type))
+                    if data:
+                        yield data
+                        beats_at = loop.time() + self._timing.heartbeat_seconds
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(min(ends_at, beats_at)):
+                        await changed.wait()
+                if loop.time() >= beats_at:
                     yield HEARTBEAT
-        yield disconnecting("shutdown" if self._drain.is_set() else "connection_cycle")
+                    beats_at = loop.time() + self._timing.heartbeat_seconds
+        except Exception:
+            log.exception("an event stream failed", session_id=feed.session_id)
+            reason = "error"
+        yield disconnecting("shutdown" if self._drain.is_set() else reason)
 
     async def _end_all_on_drain(self) -> None:
         await self._drain.wait()

@@ -108,13 +108,14 @@ async def worker_role(base: Foundation) -> AsyncIterator[asyncio.Future[None]]:
         turns_queue=settings.temporal_turns_queue,
         steps_queue=settings.temporal_steps_queue,
         max_concurrent_steps=settings.worker_max_concurrent_steps,
+        build_id=settings.worker_build_id,
     )
     async with running_workers(
         base.temporal,
         options,
         workflows=[Turn],
         activities=[
-            ReasonActivity(state, registry, driver_for).reason,
+            ReasonActivity(state, registry, driver_for, stall_seconds=settings.reason_stall_seconds).reason,
             ActActivity(state, registry).act,
             bookkeeping.finish,
             bookkeeping.record_message,

@@ -89,6 +89,20 @@ def worker() -> None:
 
 
 @app.command
+def promote(build_id: str, /) -> None:
+    """Let new turns start on a version of the workers; running turns stay on theirs.
+
+    Workers of that version (WORKER_BUILD_ID) must be running.
+
+    Example: everruns promote 2026-11-21.1
+    """
+    from cli.run import run_promote
+
+    _run(run_promote(_settings(), build_id))
+    print(f"New turns start on version {build_id}.")
+
+
+@app.command
 def migrate() -> None:
     """Bring the database schema up to date. Safe to run from several places at once.
 
@@ -101,19 +115,21 @@ def migrate() -> None:
 
 
 @app.command
-def demo(*, model: str | None = None) -> None:
+def demo(*, model: str | None = None, keep: bool = False) -> None:
     """A conversation with tools whose worker is killed twice, and whose stream does not care.
 
-    Example: everruns demo
+    Example: everruns demo --keep
 
     Parameters
     ----------
     model:
-        Name of a model to use instead of the simulated one.
+        Name of a model to use instead of the default one.
+    keep:
+        Leave everything running afterwards, to look at the turn in the Temporal Web UI.
     """
     from cli.demo import run_demo
 
-    _run(run_demo(os.environ, model=model))
+    sys.exit(_run(run_demo(os.environ, model=model, keep=keep)))
 
 
 @app.command

@@ -14,20 +14,29 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+import asyncpg
 import msgspec
 import structlog
 from msgspec import Struct
+from temporalio.service import RPCError
 
-from cli.engine import SEARCH_ATTRIBUTE_TYPES, choose_dev_model, foundation, server_role, worker_role
+from cli.engine import SEARCH_ATTRIBUTE_TYPES, Foundation, choose_dev_model, foundation, server_role, worker_role
 from db.database import Database
 from infra.child_processes import Child, ChildProcesses
 from infra.embedded_postgres import EmbeddedPostgres
 from infra.http_server import bind
 from infra.logging import configure_logging
-from infra.settings import ListenAddress, Settings, load_settings
+from infra.settings import ListenAddress, Settings, load_settings, mask_passwords
+from infra.temporal_client import configure_temporal_logging, connect_temporal
 from infra.temporal_server import TemporalDevServer
+from infra.temporal_worker import promote
 
 DEV_ENVIRONMENT: Final = {"DEV_MODE": "true"}
+
+CONNECT_SECONDS: Final = 10.0
+"""How long a database may take to answer before a command gives up; a firewall that drops packets never answers."""
+
+WILDCARD_HOSTS: Final = ("0.0.0.0", "::")
 
 log = structlog.get_logger(__name__)
 
@@ -49,7 +58,16 @@ class DevAddresses(Struct, frozen=True, kw_only=True):
     postgres_pid: int
     temporal_pid: int
     environment: dict[str, str]
-    """Variables under which `everruns worker` and `everruns server` join this stack."""
+    """Variables under which `everruns worker` and `everruns server` join this stack; empty ones undo what may be set."""
+
+
+class DevStack(Struct, frozen=True, kw_only=True):
+    """A running dev stack and its parts; `failures` are futures that fail when one of them does."""
+
+    addresses: DevAddresses
+    children: ChildProcesses
+    foundation: Foundation
+    failures: list[asyncio.Future[None]]
 
 
 @contextlib.contextmanager
@@ -91,10 +109,28 @@ def bound(address: ListenAddress) -> socket.socket:
         ) from error
 
 
+async def check_database(settings: Settings, *, migrated: bool = True) -> None:
+    """Say in one line what is wrong with the database, before anything else is started. Raises `StartFailure`."""
+    assert settings.database_url is not None, "load_settings refuses a missing DATABASE_URL outside dev mode"
+    shown = mask_passwords(settings.database_url)
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS), Database.opened(settings.database_url, pool_size=1) as database:
+            if migrated and not await database.applied_migrations():
+                raise StartFailure(f"DATABASE_URL: {shown!r} has no schema yet; run `everruns migrate` first")
+    except asyncpg.UndefinedTableError:
+        raise StartFailure(f"DATABASE_URL: {shown!r} has no schema yet; run `everruns migrate` first") from None
+    except TimeoutError as error:
+        raise StartFailure(f"DATABASE_URL: no answer from {shown!r} within {CONNECT_SECONDS:.0f} s") from error
+    except (OSError, ValueError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+        raise StartFailure(f"DATABASE_URL: no connection to {shown!r}: {error or type(error).__name__}") from error
+
+
 async def run_server(settings: Settings) -> None:
     """API and streams, until a signal comes."""
     listener = bound(settings.http_addr)
+    configure_temporal_logging()
     with stop_on_signals() as stop:
+        await check_database(settings)
         async with foundation(settings) as base, server_role(base, listener, eager=False):
             if settings.deployment_grade == "dev":
                 await choose_dev_model(base.database)
@@ -105,14 +141,25 @@ async def run_server(settings: Settings) -> None:
 
 async def run_worker(settings: Settings) -> None:
     """Turns and steps, until a signal comes."""
+    configure_temporal_logging()
     with stop_on_signals() as stop:
+        await check_database(settings)
         async with foundation(settings) as base, worker_role(base) as failure:
             log.info("worker is ready", turns=settings.temporal_turns_queue, steps=settings.temporal_steps_queue)
             await until(stop, failure)
             log.info("worker is stopping")
 
 
+async def run_promote(settings: Settings, build_id: str) -> None:
+    client = await connect_temporal(settings)
+    try:
+        await promote(client, build_id)
+    except RPCError as error:
+        raise StartFailure(f"version `{build_id}` cannot become current: {error.message}") from error
+
+
 async def run_migrate(settings: Settings) -> list[str]:
+    await check_database(settings, migrated=False)
     assert settings.database_url is not None, "load_settings refuses a missing DATABASE_URL outside dev mode"
     async with Database.opened(settings.database_url, pool_size=2) as database:
         printed = await database.migrate()
@@ -124,7 +171,7 @@ async def run_migrate(settings: Settings) -> list[str]:
 @contextlib.asynccontextmanager
 async def embedded_stack(
     environ: Mapping[str, str], *, data_dir: Path | None, died: asyncio.Future[None]
-) -> AsyncIterator[tuple[Settings, EmbeddedPostgres, TemporalDevServer]]:
+) -> AsyncIterator[tuple[Settings, ChildProcesses, EmbeddedPostgres, TemporalDevServer]]:
     """PostgreSQL and Temporal as our children, and settings that point at them. Raises `StartFailure`."""
 
     def child_died(child: Child) -> None:
@@ -154,44 +201,38 @@ async def embedded_stack(
                 temporal_api_key=None,
                 temporal_tls=False,
             ),
+            children,
             postgres,
             temporal,
         )
 
 
-async def run_dev(
-    environ: Mapping[str, str],
-    *,
-    address: ListenAddress | None,
-    data_dir: Path | None,
-    ready_file: Path | None,
-    with_worker: bool,
-    announce: bool = True,
-) -> None:
-    """Everything in one command, until a signal comes or a part fails."""
+@contextlib.asynccontextmanager
+async def dev_stack(
+    environ: Mapping[str, str], listener: socket.socket, *, data_dir: Path | None, with_worker: bool
+) -> AsyncIterator[DevStack]:
+    """Embedded servers, schema, API on the bound socket and, unless it runs elsewhere, a worker. Raises `StartFailure`."""
     started = time.monotonic()
-    environ = {**environ, **DEV_ENVIRONMENT}
-    settings = load_settings(environ)
-    configure_logging(settings.log_level, settings.log_format)
-    where = address or settings.http_addr
-    listener = bound(where)
-    with stop_on_signals() as stop:
-        died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        async with contextlib.AsyncExitStack() as stack:
-            settings, postgres, temporal = await stack.enter_async_context(
-                embedded_stack(environ, data_dir=data_dir, died=died)
-            )
-            assert settings.database_url is not None, "the embedded server has an address"
-            async with Database.opened(settings.database_url, pool_size=2) as database:
-                await database.migrate()
-                await choose_dev_model(database)
-            base = await stack.enter_async_context(foundation(settings))
-            failures: list[asyncio.Future[None]] = [died]
-            if with_worker:
-                failures.append(await stack.enter_async_context(worker_role(base)))
-            await stack.enter_async_context(server_role(base, listener, eager=with_worker))
-            origin = f"http://{ListenAddress(host=where.host, port=listener.getsockname()[1])}"
-            addresses = DevAddresses(
+    host, port = listener.getsockname()[:2]
+    origin = f"http://{ListenAddress(host='localhost' if host in WILDCARD_HOSTS else host, port=port)}"
+    # Links have to lead to this server, wherever it was told to listen.
+    environ = {"PUBLIC_APP_URL": origin, **{name: value for name, value in environ.items() if value.strip()}}
+    died: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async with contextlib.AsyncExitStack() as stack:
+        settings, children, postgres, temporal = await stack.enter_async_context(
+            embedded_stack(environ, data_dir=data_dir, died=died)
+        )
+        assert settings.database_url is not None, "the embedded server has an address"
+        async with Database.opened(settings.database_url, pool_size=2) as database:
+            await database.migrate()
+            await choose_dev_model(database)
+        base = await stack.enter_async_context(foundation(settings))
+        failures: list[asyncio.Future[None]] = [died]
+        if with_worker:
+            failures.append(await stack.enter_async_context(worker_role(base)))
+        await stack.enter_async_context(server_role(base, listener, eager=with_worker))
+        yield DevStack(
+            addresses=DevAddresses(
                 api=f"{origin}{settings.api_prefix}",
                 docs=f"{origin}/api-doc",
                 temporal=temporal.address,
@@ -202,20 +243,50 @@ async def run_dev(
                 postgres_pid=postgres.child.pid,
                 temporal_pid=temporal.child.pid,
                 environment={
+                    "DEV_MODE": "",
                     "DEPLOYMENT_GRADE": "dev",
                     "DATABASE_URL": settings.database_url,
+                    "DATABASE_UNPOOLED_URL": "",
                     "TEMPORAL_ADDRESS": temporal.address,
+                    "TEMPORAL_NAMESPACE": settings.temporal_namespace,
+                    "TEMPORAL_TURNS_QUEUE": settings.temporal_turns_queue,
+                    "TEMPORAL_STEPS_QUEUE": settings.temporal_steps_queue,
+                    "TEMPORAL_API_KEY": "",
+                    "TEMPORAL_TLS": "",
+                    "TEMPORAL_TLS_CERT": "",
+                    "TEMPORAL_TLS_KEY": "",
+                    "TEMPORAL_TLS_CA": "",
                 },
-            )
+            ),
+            children=children,
+            foundation=base,
+            failures=failures,
+        )
+
+
+async def run_dev(
+    environ: Mapping[str, str],
+    *,
+    address: ListenAddress | None,
+    data_dir: Path | None,
+    ready_file: Path | None,
+    with_worker: bool,
+) -> None:
+    """Everything in one command, until a signal comes or a part fails."""
+    environ = {**environ, **DEV_ENVIRONMENT}
+    settings = load_settings(environ)
+    configure_logging(settings.log_level, settings.log_format)
+    listener = bound(address or settings.http_addr)
+    configure_temporal_logging()
+    with stop_on_signals() as stop:
+        async with dev_stack(environ, listener, data_dir=data_dir, with_worker=with_worker) as stack:
             if ready_file is not None:
-                _write_whole(ready_file, addresses)
-            if announce:
-                _announce(addresses, data_dir)
+                _write_whole(ready_file, stack.addresses)
+            _announce(stack.addresses, data_dir)
             try:
-                await until(stop, *failures)
+                await until(stop, *stack.failures)
             finally:
-                if announce:
-                    print("\nStopping …", flush=True)
+                print("\nStopping …", flush=True)
 
 
 def _write_whole(path: Path, addresses: DevAddresses) -> None:

@@ -37,8 +37,12 @@ READ_LATEST_CONVERSATION: Final = f"""SELECT {COLUMNS} FROM events WHERE session
 SEQUENCE_OF: Final = "SELECT sequence FROM events WHERE session_id = $1 AND id = $2"
 SEQUENCE_BEFORE_TIME: Final = """SELECT coalesce(max(sequence), 0) FROM events
     WHERE session_id = $1 AND ts <= $2"""
+# From the newest beginning of the message on: looked for backwards, so that a long session costs no more than the message.
 DELTAS_OF: Final = """SELECT data FROM events WHERE session_id = $1 AND sequence < $2 AND type = $3
-    AND data->>'message_id' = $4 ORDER BY sequence"""
+    AND data->>'message_id' = $4 AND sequence >= coalesce((
+        SELECT sequence FROM events WHERE session_id = $1 AND sequence < $2 AND type = $3
+        AND data->>'message_id' = $4 AND data->>'offset' = '0' ORDER BY sequence DESC LIMIT 1), 0)
+    ORDER BY sequence"""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -152,7 +156,7 @@ async def append_in(
 
 @dataclass(frozen=True, kw_only=True)
 class EventFilter:
-    """The filters of `GET /events`. Cursors are exclusive; times are inclusive."""
+    """The filters of `GET /events`. Cursors are exclusive, times inclusive; one of `tags` is enough."""
 
     types: Sequence[str] | None = None
     exclude: Sequence[str] | None = None
@@ -195,11 +199,13 @@ class EventFilter:
         if self.trace_id is not None:
             add("context->>'trace_id' = {}", self.trace_id)
         if self.tags:
-            add("tags @> {}::text[]", list(self.tags))
+            add("tags && {}::text[]", list(self.tags))
         if self.tool_name is not None:
             add("coalesce(data->>'tool_name', data#>>'{{tool_call,name}}') = {}", self.tool_name)
         if self.q:
-            escaped = self.q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+            # As it stands in the stored JSON, where quotes, backslashes and control characters are escaped.
+            needle = _encode(self.q)[1:-1].decode()
+            escaped = needle.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
             add("data::text ILIKE '%' || {} || '%'", escaped)
         return " AND ".join(clauses), arguments
 

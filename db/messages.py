@@ -10,7 +10,7 @@ import asyncpg
 import msgspec
 from msgspec import Struct
 
-from db import tool_ledger
+from db import inbox, tool_ledger
 from db.event_log import EventLog
 from db.turn_rows import StateRow, lock_state, read_turn
 from domain.clock import now_timestamp
@@ -31,8 +31,6 @@ _SESSION: Final = """SELECT s.title, o.public_id AS org_id, h.name AS harness, a
     LEFT JOIN agents a ON a.id = s.agent_id
     WHERE s.id = $1 AND s.org_id = $2 AND s.deleted_at IS NULL"""
 _EXISTING: Final = "SELECT data FROM events WHERE session_id = $1 AND dedupe_key = $2"
-_PUT_IN_INBOX: Final = """INSERT INTO inbox (session_id, sequence, org_id, message_id, delivery)
-    VALUES ($1, $2, $3, $4, $5)"""
 _MARK_ACTIVE: Final = """UPDATE session_state SET status = $2, preview = coalesce(preview, $3) WHERE session_id = $1"""
 _ACTIVE: Final = """SELECT count(*) FROM session_state
     WHERE org_id = $1 AND status IN ('active', 'waiting_for_tool_results')"""
@@ -116,9 +114,7 @@ class MessageStore:
                 return PostedMessage(
                     message=_input_decoder.decode(data).message, steered=steered, labels=_labels(session, state)
                 )
-            await work.connection.execute(
-                _PUT_IN_INBOX, work.key, stored[0].sequence, org_id, message.id, new.delivery.value
-            )
+            await inbox.put(work, org_id, stored[0].sequence, message.id, new.delivery)
             # A follow-up does not end a wait for the client; everything else makes the session work.
             waits = state.status == "waiting_for_tool_results" and new.delivery is Delivery.FOLLOW_UP
             preview = "".join(part.text for part in new.content if isinstance(part, TextPart))[:PREVIEW_CHARACTERS]
@@ -220,9 +216,7 @@ class MessageStore:
         """Sessions that may need a nudge: unread messages older than `unread_seconds`, or busy but silent for longer."""
         async with self._log.connection() as connection:
             rows = await connection.fetch(_STALE, unread_seconds, silent_seconds, limit)
-        return [
-            StaleSession(session_id=row["session_id"], active=row["active"], unread=row["unread"]) for row in rows
-        ]
+        return [StaleSession(session_id=row["session_id"], active=row["active"], unread=row["unread"]) for row in rows]
 
 
 def _labels(session: asyncpg.Record, state: StateRow) -> TurnLabels:

@@ -170,7 +170,7 @@ async def transaction() -> AsyncIterator[None]:
         async with DB.transaction():
             yield
     except asyncpg.UniqueViolationError as error:
-        field = NAME_CONSTRAINTS.get(error.constraint_name or "")
+        field = NAME_CONSTRAINTS.get(getattr(error, "constraint_name", None) or "")
         if field is not None:
             raise NameTaken(field=field) from None
         raise Conflict("This id is already in use", field="id") from None

@@ -135,7 +135,7 @@ async def create_session(database: Database, log: EventLog, new: NewSession) -> 
 
 async def _insert(work: SessionTransaction, new: NewSession) -> None:
     connection = work.connection
-    count = await connection.fetchval(
+    count: int = await connection.fetchval(
         "SELECT count(*) FROM sessions WHERE org_id = $1 AND deleted_at IS NULL", DEFAULT_ORG_ID
     )
     if count >= MAX_SESSIONS_PER_ORG:
@@ -171,7 +171,7 @@ async def _insert(work: SessionTransaction, new: NewSession) -> None:
     await connection.execute("INSERT INTO session_state (session_id, org_id) VALUES ($1, $2)", work.key, DEFAULT_ORG_ID)
     started = SessionStarted(
         harness_id=format_id(Prefix.HARNESS, harness["id"]),
-        agent_id=agent and agent["public_id"],
+        agent_id=None if agent is None else agent["public_id"],
         model_id=new.model_id,
     )
     await work.append(NewEvent(data=started))
@@ -268,9 +268,7 @@ async def list_sessions(
     if agent_id is not None:
         parse_id(Prefix.AGENT, agent_id)
         arguments.append(agent_id)
-        condition += (
-            f" AND s.agent_id = (SELECT id FROM agents WHERE org_id = $2 AND public_id = ${len(arguments) + 2})"
-        )
+        condition += " AND s.agent_id = (SELECT id FROM agents WHERE org_id = $2 AND public_id = $3)"
     for pattern in like_patterns(search):
         arguments.append(pattern)
         condition += f" AND s.title ILIKE ${len(arguments) + 2}"

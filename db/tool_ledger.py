@@ -111,6 +111,8 @@ def _summary(row: CallRow) -> ToolCallSummary:
 
 async def with_free_ids(work: SessionTransaction, planned: Sequence[PlannedCall]) -> list[PlannedCall]:
     """The calls under ids that are new in this session: some providers count from `call_1` in every response."""
+    if not planned:
+        return []
     known = {
         row["call_id"] for row in await work.connection.fetch(_KNOWN_IDS, work.key, [item.call.id for item in planned])
     }

@@ -21,12 +21,11 @@ SELECT org_id, status, last_sequence, turn_id, turn_count, step_exec_id, step_at
        input_tokens, output_tokens, cache_read_tokens, cache_creation_tokens
 FROM session_state WHERE session_id = $1 FOR NO KEY UPDATE
 """
-_READ_TURN: Final = """
-SELECT id, status, iteration, harness_id, agent_public_id, config, input_message_id, reasoning_effort, timezone,
-       open_message_id, last_result, last_error, last_error_code, input_tokens, output_tokens, cache_read_tokens,
-       cache_creation_tokens, llm_call_count, tool_call_count, time_to_first_token_ms, started_at
-FROM turns WHERE id = $1
-"""
+TURN_COLUMNS: Final = """id, status, iteration, input_sequences, harness_id, agent_public_id, config, input_message_id,
+    reasoning_effort, timezone, open_message_id, open_exec_id, last_result, last_error, last_error_code, input_tokens,
+    output_tokens, cache_read_tokens, cache_creation_tokens, llm_call_count, tool_call_count, time_to_first_token_ms,
+    started_at"""
+_READ_TURN: Final = f"SELECT {TURN_COLUMNS} FROM turns WHERE id = $1"  # noqa: S608
 
 
 class StateRow(Struct, frozen=True, kw_only=True):
@@ -51,9 +50,11 @@ class TurnRow(Struct, frozen=True, kw_only=True):
     agent_public_id: str | None
     config: TurnConfig
     input_message_id: str
+    input_sequences: list[int]
     timezone: str | None
     reasoning_effort: str | None
     open_message_id: str | None
+    open_exec_id: UUID | None
     last_result: ReasonResult | None
     last_error: str | None
     last_error_code: str | None
@@ -99,8 +100,11 @@ async def lock_state(work: SessionTransaction) -> StateRow:
 
 async def read_turn(work: SessionTransaction, turn: UUID) -> TurnRow | None:
     row = await work.connection.fetchrow(_READ_TURN, turn)
-    if row is None:
-        return None
+    return None if row is None else turn_row(row)
+
+
+def turn_row(row: asyncpg.Record) -> TurnRow:
+    """A row of `TURN_COLUMNS`."""
     result = row["last_result"]
     return TurnRow(
         id=row["id"],
@@ -110,9 +114,11 @@ async def read_turn(work: SessionTransaction, turn: UUID) -> TurnRow | None:
         agent_public_id=row["agent_public_id"],
         config=msgspec.json.decode(row["config"], type=TurnConfig),
         input_message_id=row["input_message_id"],
+        input_sequences=row["input_sequences"],
         timezone=row["timezone"],
         reasoning_effort=row["reasoning_effort"],
         open_message_id=row["open_message_id"],
+        open_exec_id=row["open_exec_id"],
         last_result=None if result is None else msgspec.json.decode(result, type=ReasonResult),
         last_error=row["last_error"],
         last_error_code=row["last_error_code"],

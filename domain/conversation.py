@@ -7,7 +7,7 @@ receipts are the `input_message_ids` of `turn.started`, `reason.started` and `tu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -67,18 +67,14 @@ def messages_of(events: Iterable[StoredEvent]) -> list[Message]:
     return found
 
 
-class Conversation(Struct, frozen=True, kw_only=True):
-    """A prompt without its system message. `complete` is false when older messages were left out."""
-
-    messages: list[Message]
-    complete: bool = True
-
-
-def conversation_of(events: Iterable[StoredEvent], *, truncated: bool = False) -> Conversation:
+def conversation_of(
+    events: Iterable[StoredEvent], *, truncated: bool = False, question: Sequence[Message] = ()
+) -> list[Message]:
     """The legal history a model gets: each message where it was read, each tool result right after its call.
 
-    With `truncated`, the events begin in the middle of a session: everything before the first message whose receipt is
-    among them is left out, so that no result stands without its call.
+    With `truncated`, the events begin in the middle of a session: what comes before the first message whose receipt or whole
+    answer is among them is left out, so that no result stands without its call. `question`, the messages the running turn
+    began with, is put in front when it was left out.
     """
     unread: dict[str, Message] = {}
     results: dict[str, Message] = {}
@@ -97,7 +93,8 @@ def conversation_of(events: Iterable[StoredEvent], *, truncated: bool = False) -
                 read = [unread.pop(key) for key in _receipt.decode(event.data).input_message_ids if key in unread]
                 started = started or bool(read)
                 slots.extend(read)
-            case "output.message.completed" if started:
+            case "output.message.completed":
+                started = True
                 message = _output.decode(event.data).message
                 slots.append(message)
                 slots.extend(message.tool_calls)
@@ -115,7 +112,8 @@ def conversation_of(events: Iterable[StoredEvent], *, truncated: bool = False) -
             messages.append(results.get(slot.id) or _missing_result(slot))
         elif slot.content:
             messages.append(slot)
-    return Conversation(messages=messages, complete=not truncated)
+    kept = {message.id for message in messages}
+    return [*(message for message in question if message.id not in kept), *messages]
 
 
 def _missing_result(call: ToolCallPart) -> Message:

@@ -21,6 +21,14 @@ from domain.ids import Prefix
 CHANNEL: Final = "everruns_events"
 RECONNECT_FIRST_SECONDS: Final = 0.1
 RECONNECT_MAX_SECONDS: Final = 5.0
+CONNECTION_ERRORS: Final = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
+"""What a server that is down, starting, stopping or gone in the middle of a sentence makes asyncpg raise."""
 PROBE_SECONDS: Final = 15.0
 """A connection that died without a word (a NAT entry gone) is found out by a query this often."""
 
@@ -73,7 +81,11 @@ class EventBus:
 
     async def _connect(self, dsn: str) -> asyncpg.Connection:
         connection = await asyncpg.connect(dsn, timeout=10, server_settings={"application_name": "everruns-listener"})
-        await connection.add_listener(CHANNEL, self._notified)
+        try:
+            await connection.add_listener(CHANNEL, self._notified)
+        except BaseException:
+            connection.terminate()
+            raise
         return connection
 
     async def _keep_listening(self, dsn: str, connection: asyncpg.Connection) -> None:
@@ -87,7 +99,7 @@ class EventBus:
             while True:
                 try:
                     connection = await self._connect(dsn)
-                except (OSError, asyncpg.PostgresError, TimeoutError) as error:
+                except CONNECTION_ERRORS as error:
                     log.warning("event listener cannot connect", error=type(error).__name__, retry_in_seconds=delay)
                     await asyncio.sleep(delay)
                     delay = min(delay * 2, RECONNECT_MAX_SECONDS)
@@ -109,7 +121,7 @@ class EventBus:
             except TimeoutError:
                 try:
                     await connection.fetchval("SELECT 1", timeout=PROBE_SECONDS)
-                except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError):
+                except CONNECTION_ERRORS:
                     return
 
     def _notified(self, connection: object, pid: int, channel: str, payload: object) -> None:

@@ -64,6 +64,8 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        # At once: with SO_REUSEADDR a second process could bind too, as long as nobody listens.
+        listener.listen(BACKLOG)
     except OSError:
         listener.close()
         raise

@@ -20,8 +20,23 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from infra.settings import MASK, LogFormat, LogLevel, mask_passwords
 
-# They log every request at INFO, model calls included.
-CHATTY_LOGGERS = ("httpx2", "httpx", "httpcore2", "httpcore", "openai", "anthropic", "mcp")
+# Clients log every request at INFO, model calls included; uvicorn and the worker every step of their start and stop,
+# which our own lines already tell.
+CHATTY_LOGGERS = (
+    "httpx2",
+    "httpx",
+    "httpcore2",
+    "httpcore",
+    "openai",
+    "anthropic",
+    "mcp",
+    "uvicorn",
+    "temporalio.worker",
+)
+
+# Attributes that libraries put on their records for their own formatters and filters: the same text with terminal
+# colours in it, an object whose fields are in the message already, a mark.
+FORMATTER_EXTRAS = ("color_message", "temporal_log", "__temporal_error_identifier")
 
 # uvicorn configures its own handlers; a line must not come out twice, in two formats.
 SELF_CONFIGURED_LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "litestar")
@@ -41,7 +56,10 @@ def configure_logging(level: LogLevel, log_format: LogFormat, *, stream: TextIO 
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.stdlib.PositionalArgumentsFormatter(),
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        # A person at a terminal knows what day it is.
+        structlog.processors.TimeStamper(fmt="iso", utc=True)
+        if log_format == "json"
+        else structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
         structlog.processors.StackInfoRenderer(),
         structlog.processors.format_exc_info,
     ]
@@ -65,7 +83,7 @@ def configure_logging(level: LogLevel, log_format: LogFormat, *, stream: TextIO 
     handler = logging.StreamHandler(output)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder(), drop_formatter_extras],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, mask_secrets, renderer],
         )
     )
@@ -79,6 +97,12 @@ def configure_logging(level: LogLevel, log_format: LogFormat, *, stream: TextIO 
     for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     logging.captureWarnings(True)
+
+
+def drop_formatter_extras(logger: WrappedLogger, method_name: str, event: EventDict) -> EventDict:
+    for name in FORMATTER_EXTRAS:
+        event.pop(name, None)
+    return event
 
 
 def mask_secrets(logger: WrappedLogger, method_name: str, event: EventDict) -> EventDict:

@@ -507,8 +507,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             name="TEMPORAL_STEPS_QUEUE",
             group="Temporal",
             kind=TEXT,
-            default="everruns-steps",
-            meaning="The task queue of step activities.",
+            default=Derived(words="TEMPORAL_TURNS_QUEUE", compute=lambda values: values["temporal_turns_queue"]),
+            meaning="The task queue of step activities; a queue of its own lets steps scale apart, for a hop more per step.",
         ),
     ]
     temporal_ui_url: Annotated[
@@ -528,6 +528,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             kind=COUNT,
             default="100",
             meaning="Steps a worker process runs at the same time.",
+        ),
+    ]
+    worker_build_id: Annotated[
+        str | None,
+        About(
+            name="WORKER_BUILD_ID",
+            group="Worker",
+            kind=TEXT,
+            meaning="The version of this worker's code. With it, a running turn stays on the version it began with.",
+        ),
+    ]
+    reason_stall_seconds: Annotated[
+        int,
+        About(
+            name="REASON_STALL_SECS",
+            group="Worker",
+            kind=SECONDS,
+            default="120",
+            meaning="The longest silence in the middle of a model call before it is tried again.",
         ),
     ]
     reason_timeout_seconds: Annotated[

@@ -5,12 +5,14 @@ decoded by msgspec: 7-16 times faster than the SDK's own converter, and strict a
 """
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 import msgspec
 import structlog
+from temporalio import activity, workflow
 from temporalio.api.common.v1 import Payload
 from temporalio.api.enums.v1 import IndexedValueType
 from temporalio.api.operatorservice.v1 import AddSearchAttributesRequest, ListSearchAttributesRequest
@@ -24,6 +26,8 @@ from temporalio.converter import (
     EncodingPayloadConverter,
     JSONProtoPayloadConverter,
 )
+from temporalio.exceptions import ApplicationError
+from temporalio.runtime import LogForwardingConfig, LoggingConfig, Runtime, TelemetryConfig, TelemetryFilter
 from temporalio.service import RPCError, RPCStatusCode
 
 from infra.settings import Settings
@@ -123,6 +127,33 @@ def _tls(settings: Settings) -> TLSConfig | bool:
         client_private_key=settings.temporal_tls_key.read_bytes() if settings.temporal_tls_key else None,
         domain=settings.temporal_tls_server_name,
     )
+
+
+# --- Logs ----------------------------------------------------------------------------------------------------------
+
+
+def configure_temporal_logging() -> None:
+    """Bring the SDK's logs into our format: its Rust core would write to standard error by itself, in its own colours.
+
+    It is the process's default runtime that is set up here, so this comes before the first client.
+    """
+    logs = LoggingConfig(
+        filter=TelemetryFilter(core_level="WARN", other_level="ERROR"),
+        forwarding=LogForwardingConfig(
+            logger=logging.getLogger("temporalio.core"), append_target_to_name=False, prepend_target_on_message=False
+        ),
+    )
+    Runtime.set_default(Runtime(telemetry=TelemetryConfig(logging=logs)), error_if_already_set=False)
+    # The ids are bound to every line of a step already.
+    activity.logger.activity_info_on_message = False
+    activity.logger.activity_info_on_extra = False
+    workflow.logger.workflow_info_on_message = False
+    activity.logger.logger.addFilter(_is_unexpected)
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    """An `ApplicationError` is an outcome of ours, told where it was decided; a traceback is for what nobody expected."""
+    return not (record.exc_info and isinstance(record.exc_info[1], ApplicationError))
 
 
 # --- Search attributes ---------------------------------------------------------------------------------------------

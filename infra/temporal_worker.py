@@ -9,12 +9,15 @@ from datetime import timedelta
 from typing import Final
 
 from msgspec import Struct
+from temporalio.api.workflowservice.v1 import SetWorkerDeploymentCurrentVersionRequest
 from temporalio.client import Client
+from temporalio.common import VersioningBehavior, WorkerDeploymentVersion
 from temporalio.worker import (
     Interceptor,
     PollerBehaviorSimpleMaximum,
     UnsandboxedWorkflowRunner,
     Worker,
+    WorkerDeploymentConfig,
     WorkflowRunner,
 )
 
@@ -32,8 +35,9 @@ GRACE: Final = timedelta(seconds=8)
 
 class WorkerOptions(Struct, frozen=True, kw_only=True):
     turns_queue: str = contract.TURNS_QUEUE
-    steps_queue: str = contract.STEPS_QUEUE
+    steps_queue: str | None = None
     max_concurrent_steps: int = 100
+    build_id: str | None = None
 
 
 @contextlib.asynccontextmanager
@@ -56,14 +60,48 @@ async def running_workers(
         client,
         task_queue=options.turns_queue,
         workflows=workflows,
+        # Steps on the queue of their turn: Temporal hands a step back in the very answer that scheduled it, which saves a
+        # hop through its queues (a turn with a tool took 69 instead of 92 ms).
+        activities=activities,
+        interceptors=interceptors,
+        max_concurrent_activities=options.max_concurrent_steps,
+        activity_task_poller_behavior=pollers,
+        max_heartbeat_throttle_interval=HEARTBEAT_THROTTLE,
+        default_heartbeat_throttle_interval=HEARTBEAT_THROTTLE,
         workflow_runner=runner or UnsandboxedWorkflowRunner(),
         workflow_task_poller_behavior=pollers,
         sticky_queue_schedule_to_start_timeout=STICKY_TIMEOUT,
         graceful_shutdown_timeout=GRACE,
+        deployment_config=_deployment(options.build_id),
     )
-    steps = Worker(
+    workers = [turns]
+    if options.steps_queue not in (None, options.turns_queue):
+        workers.insert(0, _steps_worker(client, options, activities, interceptors, pollers))
+    failure: asyncio.Future[None] = asyncio.ensure_future(_run_all(workers))
+    try:
+        yield failure
+    finally:
+        # Steps first: they hand their work over while turns can still be told about it.
+        for worker in workers:
+            await worker.shutdown()
+        with contextlib.suppress(Exception, asyncio.CancelledError):
+            await failure
+
+
+async def _run_all(workers: Sequence[Worker]) -> None:
+    await asyncio.gather(*(worker.run() for worker in workers))
+
+
+def _steps_worker(
+    client: Client,
+    options: WorkerOptions,
+    activities: Sequence[Callable[..., object]],
+    interceptors: Sequence[Interceptor],
+    pollers: PollerBehaviorSimpleMaximum,
+) -> Worker:
+    return Worker(
         client,
-        task_queue=options.steps_queue,
+        task_queue=options.steps_queue or options.turns_queue,
         activities=activities,
         interceptors=interceptors,
         max_concurrent_activities=options.max_concurrent_steps,
@@ -71,17 +109,28 @@ async def running_workers(
         max_heartbeat_throttle_interval=HEARTBEAT_THROTTLE,
         default_heartbeat_throttle_interval=HEARTBEAT_THROTTLE,
         graceful_shutdown_timeout=GRACE,
+        deployment_config=_deployment(options.build_id),
     )
-    failure: asyncio.Future[None] = asyncio.ensure_future(_run_both(turns, steps))
-    try:
-        yield failure
-    finally:
-        # Steps first: they hand their work over while turns can still be told about it.
-        await steps.shutdown()
-        await turns.shutdown()
-        with contextlib.suppress(Exception, asyncio.CancelledError):
-            await failure
 
 
-async def _run_both(turns: Worker, steps: Worker) -> None:
-    await asyncio.gather(turns.run(), steps.run())
+def _deployment(build_id: str | None) -> WorkerDeploymentConfig | None:
+    """Both queues belong to one version: a turn pinned to it finds its steps there too."""
+    if build_id is None:
+        return None
+    return WorkerDeploymentConfig(
+        version=WorkerDeploymentVersion(contract.DEPLOYMENT, build_id),
+        use_worker_versioning=True,
+        default_versioning_behavior=VersioningBehavior.PINNED,
+    )
+
+
+async def promote(client: Client, build_id: str) -> None:
+    """Make a version the one new turns start on; running turns stay where they are.
+
+    Raises `RPCError` when no worker of that version has been seen.
+    """
+    await client.workflow_service.set_worker_deployment_current_version(
+        SetWorkerDeploymentCurrentVersionRequest(
+            namespace=client.namespace, deployment_name=contract.DEPLOYMENT, build_id=build_id
+        )
+    )

@@ -26,7 +26,7 @@ class TurnOptions(Struct, frozen=True, kw_only=True):
     """What every turn this process starts is given. `eager` needs a worker on the same client."""
 
     turns_queue: str = contract.TURNS_QUEUE
-    steps_queue: str = contract.STEPS_QUEUE
+    steps_queue: str | None = None
     client_tool_timeout_seconds: float = contract.CLIENT_TOOL_TIMEOUT.total_seconds()
     reason_timeout_seconds: float = contract.REASON_TIMEOUT.total_seconds()
     max_parallel_tools: int = contract.MAX_PARALLEL_TOOLS
@@ -89,7 +89,7 @@ class TemporalTurns:
             client_tool_timeout_seconds=options.client_tool_timeout_seconds,
             reason_timeout_seconds=options.reason_timeout_seconds,
             max_parallel_tools=options.max_parallel_tools,
-            steps_queue=options.steps_queue,
+            steps_queue=None if options.steps_queue == options.turns_queue else options.steps_queue,
             search_attributes=options.search_attributes,
         )
 

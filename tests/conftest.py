@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 from uuid import uuid4
 
 import asyncpg
@@ -14,18 +15,19 @@ import httpx
 import pytest
 import uvicorn
 from litestar import Litestar
-from litestar.testing import AsyncTestClient
 
 from activities.capabilities.registry import builtin_registry
-from activities.llm.llmsim import parse_script
 from api.app import create_app
 from api.background import BackgroundTasks
 from api.services import Services
 from api.streams import StreamHub, StreamLimits, StreamTiming
+from cli.engine import check_message_metadata, check_model_options
 from db.database import Database
 from db.event_log import EventLog
 from db.messages import MessageStore
 from domain.events import StoredEvent
+from domain.messages import Delivery
+from domain.ports import TurnLabels
 from infra.child_processes import ChildProcesses
 from infra.embedded_postgres import EmbeddedPostgres
 from infra.event_bus import EventBus
@@ -87,10 +89,18 @@ class RecordingTurns:
             raise self.failure
         self.calls.append(call)
 
-    async def wake(self, session_id: str) -> None:
+    async def wake(
+        self,
+        session_id: str,
+        *,
+        message_id: str | None = None,
+        delivery: Delivery = Delivery.STEER,
+        running: bool = False,
+        labels: TurnLabels | None = None,
+    ) -> None:
         self._note("wake", session_id)
 
-    async def cancel(self, session_id: str, reason: str | None) -> None:
+    async def cancel(self, session_id: str, reason: str | None, *, read_up_to: int | None = None) -> None:
         self._note("cancel", session_id, reason or "")
 
     async def interrupt(self, session_id: str, message_id: str | None) -> None:
@@ -98,11 +108,6 @@ class RecordingTurns:
 
     async def tool_results(self, session_id: str, tool_call_ids: Sequence[str]) -> None:
         self._note("tool_results", session_id, *tool_call_ids)
-
-
-def check_model_options(provider_type: str, options: object) -> None:
-    if provider_type == "llmsim" and isinstance(options, dict) and "script" in options:
-        parse_script(options["script"], root="options.script")
 
 
 @pytest.fixture
@@ -139,7 +144,7 @@ def services(settings: Settings, database: Database, turns: RecordingTurns, publ
         ),
         background=BackgroundTasks(),
         check_model_options=check_model_options,
-        check_message_metadata=lambda metadata: None,
+        check_message_metadata=check_message_metadata,
         version="0.0.0",
     )
 
@@ -151,8 +156,9 @@ def app(services: Services) -> Litestar:
 
 @pytest.fixture
 async def client(app: Litestar) -> AsyncIterator[httpx.AsyncClient]:
-    """For finite answers: an endless SSE stream would hang it."""
-    async with AsyncTestClient(app, base_url="http://testserver.local" + API + "/") as test_client:
+    """In this event loop, unlike Litestar's test client, whose portal thread could not use the pool. Not for endless SSE."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://testserver.local") as test_client:
         yield test_client
 
 
@@ -161,9 +167,10 @@ async def served(app: Litestar) -> AsyncIterator[str]:
     """The app on a real socket; yields its base URL."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1))
+        config = uvicorn.Config(cast(Any, app), log_config=None, timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
-        while not server.started:
+        while not server.started:  # noqa: ASYNC110 # uvicorn tells nobody
             await asyncio.sleep(0.01)
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -176,3 +183,30 @@ async def served(app: Litestar) -> AsyncIterator[str]:
 async def live_url(app: Litestar) -> AsyncIterator[str]:
     async with served(app) as url:
         yield url
+
+
+Make = Callable[..., Awaitable[dict[str, Any]]]
+
+
+def _maker(client: httpx.AsyncClient, path: str, defaults: dict[str, Any]) -> Make:
+    async def make(**fields: Any) -> dict[str, Any]:
+        response = await client.post(f"{API}/{path}", json={**defaults, **fields})
+        assert response.status_code == 201, response.text
+        return response.json()
+
+    return make
+
+
+@pytest.fixture
+def make_harness(client: httpx.AsyncClient) -> Make:
+    return _maker(client, "harnesses", {"name": "support-desk"})
+
+
+@pytest.fixture
+def make_agent(client: httpx.AsyncClient) -> Make:
+    return _maker(client, "agents", {"name": "helper", "system_prompt": "You help."})
+
+
+@pytest.fixture
+def make_session(client: httpx.AsyncClient) -> Make:
+    return _maker(client, "sessions", {})

@@ -41,7 +41,8 @@ __all__ = [
 
 TURN_WORKFLOW: Final = "Turn"
 TURNS_QUEUE: Final = "everruns-turns"
-STEPS_QUEUE: Final = "everruns-steps"
+DEPLOYMENT: Final = "everruns"
+"""Name of the Worker Deployment that versioned workers belong to."""
 
 REASON: Final = "reason"
 ACT: Final = "act"
@@ -105,7 +106,9 @@ class TurnStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
     client_tool_timeout_seconds: float = CLIENT_TOOL_TIMEOUT.total_seconds()
     reason_timeout_seconds: float = REASON_TIMEOUT.total_seconds()
     max_parallel_tools: int = MAX_PARALLEL_TOOLS
-    steps_queue: str = STEPS_QUEUE
+    steps_queue: str | None = None
+    """None runs the steps on the turn's own queue: Temporal then hands a step to the worker that just scheduled it."""
+
     search_attributes: bool = False
 
 

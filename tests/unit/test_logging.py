@@ -69,9 +69,17 @@ def test_uvicorn_does_not_write_a_second_copy(output: io.StringIO) -> None:
     own = io.StringIO()
     logging.getLogger("uvicorn.access").addHandler(logging.StreamHandler(own))
     configure_logging("info", "json", stream=output)
-    logging.getLogger("uvicorn.access").info("GET /")
+    logging.getLogger("uvicorn.access").warning("GET /")
     assert own.getvalue() == ""
     assert [line["event"] for line in lines(output)] == ["GET /"]
+
+
+def test_what_libraries_attach_for_their_own_formatters_is_left_out(output: io.StringIO) -> None:
+    configure_logging("info", "json", stream=output)
+    logging.getLogger("uvicorn.error").warning("bad request", extra={"color_message": "\x1b[1mbad request\x1b[0m"})
+    (line,) = lines(output)
+    assert line["event"] == "bad request"
+    assert "color_message" not in line
 
 
 def test_a_traceback_shows_neither_local_variables_nor_passwords_in_urls(output: io.StringIO) -> None:
