@@ -133,8 +133,7 @@ class TurnStore:
             else:
                 result = ReasonResult(next=ReasonNext.AGAIN if steered else ReasonNext.DONE)
             done = result.next is ReasonNext.DONE
-            if done:
-                result = msgspec.structs.replace(result, more=bool(unread))
+            result = msgspec.structs.replace(result, more=done and bool(unread), model=outcome.model.name)
             turn = after_step(turn, outcome, len(planned))
             usage = state.usage + outcome.usage
             await work.connection.execute(

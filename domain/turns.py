@@ -56,6 +56,9 @@ class ReasonResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     more: bool = False
     """With `done`: another message waits for a turn of its own."""
 
+    model: str | None = None
+    """Name of the model that answered, for the summary of the next step in Temporal's Web UI."""
+
 
 class ActInput(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`idempotency_key` is the same for every attempt of the call."""

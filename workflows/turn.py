@@ -58,7 +58,7 @@ class Turn:
         self._interrupted = False
         self._results = False
         self._waiting_for: list[str] = []
-        self._recording = 0
+        self._model: str | None = None
 
     @workflow.run
     async def run(self, start: contract.TurnStart) -> contract.TurnResult:
@@ -78,6 +78,7 @@ class Turn:
             except ActivityError as error:
                 return await self._finish_after(error)
             open_calls = "interrupted"
+            self._model = step.model if step is not None else self._model
             if step is None:  # Stopped by a cancel or an interrupt; the next round sees which.
                 continue
             match step.next:
@@ -120,7 +121,7 @@ class Turn:
                 heartbeat_timeout=contract.HEARTBEAT_TIMEOUT,
                 retry_policy=contract.REASON_RETRY,
                 cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
-                summary=f"reason · iteration {self._iteration}",
+                summary=" · ".join(filter(None, ("reason", self._model, f"iteration {self._iteration}"))),
             )
         )
 
