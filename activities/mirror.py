@@ -22,7 +22,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from datetime import timedelta
 from typing import Final
 
@@ -119,7 +119,8 @@ class _MirroredActivity(ActivityInboundInterceptor):
             async with _heartbeats():
                 outcome = await _unless_stopping(body)
         except ModelError as error:
-            raise await self._failed(ref, opened, error, started) from error
+            # Without its cause: Temporal would store the provider's words with it.
+            raise await self._failed(ref, opened, error, started) from None
         except _WorkerStopping:
             await self._state.release_step(ref)
             raise
@@ -184,20 +185,28 @@ class _WorkerStopping(Exception):
 
 
 @contextlib.contextmanager
-def _as_application_error():
-    """Our own outcomes as errors Temporal does not retry; anything else (a database away, a bug) is retried as it is."""
+def _as_application_error() -> Iterator[None]:
+    """Every failure in words of our own: histories hold no provider text, no SQL and no content.
+
+    Our own outcomes are not retried; anything unforeseen (a database away, a bug) is logged here and retried.
+    """
     try:
         yield
-    except StepFenced as error:
-        raise ApplicationError("overtaken by a later attempt", type=contract.STEP_FENCED, non_retryable=True) from error
-    except SessionGone as error:
-        raise ApplicationError("the session does not exist", type=contract.SESSION_GONE, non_retryable=True) from error
-    except NoProgress as error:
-        raise ApplicationError("no progress", type=contract.NO_PROGRESS, non_retryable=True) from error
-    except _WorkerStopping as error:
+    except (ApplicationError, asyncio.CancelledError):
+        raise
+    except StepFenced:
+        raise ApplicationError("overtaken by a later attempt", type=contract.STEP_FENCED, non_retryable=True) from None
+    except SessionGone:
+        raise ApplicationError("the session does not exist", type=contract.SESSION_GONE, non_retryable=True) from None
+    except NoProgress:
+        raise ApplicationError("no progress", type=contract.NO_PROGRESS, non_retryable=True) from None
+    except _WorkerStopping:
         raise ApplicationError(
             "worker is stopping", type=contract.WORKER_STOPPING, next_retry_delay=timedelta(milliseconds=1)
-        ) from error
+        ) from None
+    except Exception as error:
+        log.exception("step failed")
+        raise ApplicationError(f"step failed: {type(error).__name__}", type=contract.STEP_FAILED) from None
 
 
 async def _unless_stopping(body: Body) -> object:

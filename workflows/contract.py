@@ -94,6 +94,7 @@ MODEL_FAILED: Final = "model_failed"
 STEP_FENCED: Final = "step_fenced"
 SESSION_GONE: Final = "session_gone"
 WORKER_STOPPING: Final = "worker_stopping"
+STEP_FAILED: Final = "step_failed"
 """Types of the `ApplicationError`s our steps raise; raiser and handler share them here."""
 
 

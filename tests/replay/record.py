@@ -9,7 +9,7 @@ may still be running somewhere.
 from __future__ import annotations
 
 import asyncio
-import re
+import json
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -95,6 +95,21 @@ SHAPES: Final[dict[str, Callable[[Stack], Awaitable[str]]]] = {
 }
 
 
+def without_places(value: object) -> object:
+    """The history without what tells where it was recorded."""
+    match value:
+        case dict():
+            return {
+                key: "" if key in ("identity", "stackTrace") else without_places(item)
+                for key, item in value.items()
+                if key != "stickyAttributes"
+            }
+        case list():
+            return [without_places(item) for item in value]
+        case _:
+            return value
+
+
 async def record(release: str) -> None:
     HISTORIES.mkdir(exist_ok=True)
     async with Stack() as stack:
@@ -103,7 +118,7 @@ async def record(release: str) -> None:
             handle = client.get_workflow_handle(await shape(stack))
             await handle.result()
             history = await handle.fetch_history()
-            anonymous = re.sub(r'"identity": ?"[^"]*"', '"identity": "worker"', history.to_json())
+            anonymous = json.dumps(without_places(json.loads(history.to_json())), indent=1)
             (HISTORIES / f"{release}-{name}.json").write_text(anonymous)
             print(f"{release}-{name}: {len(history.events)} events")
 

@@ -6,8 +6,6 @@ the recorded one fails here instead of in somebody's running turn.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from temporalio.client import WorkflowHistory
 from temporalio.worker import Replayer
@@ -17,26 +15,26 @@ from infra.temporal_client import DATA_CONVERTER
 from tests.replay.record import HISTORIES, SHAPES
 from workflows.turn import Turn
 
-RECORDED = sorted(HISTORIES.glob("*.json"))
+RECORDED = {path.stem: path.read_text() for path in sorted(HISTORIES.glob("*.json"))}
 SANDBOX = SandboxedWorkflowRunner(
     restrictions=SandboxRestrictions.default.with_passthrough_modules("domain", "workflows.contract", "msgspec")
 )
 
 
 def test_every_shape_of_a_turn_has_a_recorded_history() -> None:
-    assert {path.stem.rpartition("-")[2] for path in RECORDED} == set(SHAPES)
+    assert {name.rpartition("-")[2] for name in RECORDED} == set(SHAPES)
 
 
-@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
-async def test_recorded_turn_replays_without_a_difference(path: Path) -> None:
+@pytest.mark.parametrize("name", RECORDED)
+async def test_recorded_turn_replays_without_a_difference(name: str) -> None:
     replayer = Replayer(workflows=[Turn], data_converter=DATA_CONVERTER, workflow_runner=SANDBOX)
-    await replayer.replay_workflow(WorkflowHistory.from_json("session", path.read_text()))
+    await replayer.replay_workflow(WorkflowHistory.from_json("session", RECORDED[name]))
 
 
 async def test_replay_notices_a_workflow_that_does_something_else() -> None:
     """The guard itself: a history whose first step is another activity must be refused."""
-    text = next(path for path in RECORDED if path.stem.endswith("-answer")).read_text()
+    text = next(history for name, history in RECORDED.items() if name.endswith("-answer"))
     assert '"reason"' in text
     replayer = Replayer(workflows=[Turn], data_converter=DATA_CONVERTER, workflow_runner=SANDBOX)
-    with pytest.raises(Exception, match="(?i)nondeterminism"):
+    with pytest.raises(Exception, match=r"(?i)nondeterminism"):
         await replayer.replay_workflow(WorkflowHistory.from_json("session", text.replace('"reason"', '"act"')))
