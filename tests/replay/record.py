@@ -100,12 +100,12 @@ def without_places(value: object) -> object:
     match value:
         case dict():
             return {
-                key: "" if key in ("identity", "stackTrace") else without_places(item)
-                for key, item in value.items()
-                if key != "stickyAttributes"
+                key: "" if key in ("identity", "stackTrace") else without_places(item) for key, item in value.items()
             }
         case list():
             return [without_places(item) for item in value]
+        case str() if "@" in value:  # a worker's own (sticky) queue
+            return "sticky"
         case _:
             return value
 
