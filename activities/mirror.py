@@ -1,9 +1,9 @@
 """The interceptor that mirrors steps into the event log.
 
-Around the body of every `reason` and `act` activity it opens the step (fence, `*.started`, and what the body needs), keeps the
-heartbeat, and closes the step with the body's outcome (`*.completed` and the turn's transition, one transaction). A body
-cannot forget an event because it writes none of these; a retry of a step that was closed already returns the stored result
-without running the body.
+It keeps the heartbeat of every activity. Around the body of every `reason` and `act` it opens the step (fence, `*.started`,
+and what the body needs) and closes it with the body's outcome (`*.completed` and the turn's transition, one transaction). A
+body cannot forget an event because it writes none of these; a retry of a step that was closed already returns the stored
+result without running the body.
 
 How a step can end, and what the log gets:
 
@@ -22,7 +22,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import timedelta
 from typing import Final
 
@@ -86,7 +86,8 @@ class _MirroredActivity(ActivityInboundInterceptor):
         async def body() -> object:
             return await self.next.execute_activity(input)
 
-        with _as_application_error():
+        # Opening and closing a step may have to wait for a lock or a slow database: that, too, is a sign of life.
+        with _as_application_error(), _heartbeats():
             match step_input:
                 case ReasonInput():
                     ref = self._ref(step_input, f"reason:{step_input.iteration}")
@@ -116,8 +117,7 @@ class _MirroredActivity(ActivityInboundInterceptor):
         enter(ReasonStep(ref=ref, briefing=opened))
         started = time.monotonic()
         try:
-            async with _heartbeats():
-                outcome = await _unless_stopping(body)
+            outcome = await _unless_stopping(body)
         except ModelError as error:
             # Without its cause: Temporal would store the provider's words with it.
             raise await self._failed(ref, opened, error, started) from None
@@ -158,10 +158,9 @@ class _MirroredActivity(ActivityInboundInterceptor):
             return opened
         enter(CallStep(ref=ref, claim=opened))
         try:
-            async with _heartbeats():
-                # Stopping an at-most-once call halfway would leave its outcome unknown: it may use the grace period.
-                finish_first = opened.side_effect is SideEffect.AT_MOST_ONCE
-                settlement = await (body() if finish_first else _unless_stopping(body))
+            # Stopping an at-most-once call halfway would leave its outcome unknown: it may use the grace period.
+            finish_first = opened.side_effect is SideEffect.AT_MOST_ONCE
+            settlement = await (body() if finish_first else _unless_stopping(body))
         except asyncio.CancelledError:
             details = activity.cancellation_details()
             if details is not None and details.cancel_requested:
@@ -226,8 +225,8 @@ async def _unless_stopping(body: Body) -> object:
                 await running
 
 
-@contextlib.asynccontextmanager
-async def _heartbeats() -> AsyncIterator[None]:
+@contextlib.contextmanager
+def _heartbeats() -> Iterator[None]:
     async def beat() -> None:
         while True:
             activity.heartbeat()

@@ -67,7 +67,7 @@ class CancelResult(Struct, frozen=True, kw_only=True):
     message: str
 
 
-@post("/messages", operation_id="create_message", summary="Send a message", responses=declared(409))
+@post("/messages", operation_id="create_message", summary="Send a message", responses=declared(409, 413))
 async def create_message(
     session_id: FromPath[str], data: JSONBody[CreateMessage], services: NamedDependency[Services]
 ) -> Message:
@@ -122,7 +122,7 @@ async def list_messages(session_id: FromPath[str], services: NamedDependency[Ser
     operation_id="submit_tool_results",
     summary="Return results of client-side tools",
     status_code=200,
-    responses=declared(409),
+    responses=declared(409, 413),
 )
 async def submit_tool_results(
     session_id: FromPath[str], data: JSONBody[SubmitToolResults], services: NamedDependency[Services]
@@ -139,7 +139,7 @@ async def submit_tool_results(
     operation_id="cancel_session",
     summary="Cancel the running turn",
     status_code=200,
-    responses=declared(503),
+    responses=declared(413, 503),
 )
 async def cancel_session(
     session_id: FromPath[str],

@@ -56,7 +56,7 @@ class Turn:
         self._to_record: list[contract.RecordMessageInput] = []
         self._cancel: contract.CancelSignal | None = None
         self._interrupted = False
-        self._results = False
+        self._returned: set[str] = set()
         self._waiting_for: list[str] = []
         self._model: str | None = None
 
@@ -129,9 +129,13 @@ class Turn:
         """Run a batch of tool calls; returns whether client-side calls of the batch are to be waited for."""
         self._phase = TurnPhase.ACTING
         slots = asyncio.Semaphore(1 if step.serial else self._start.max_parallel_tools)
-        lanes = await asyncio.gather(
-            *(self._act_in_order(lane, slots) for lane in _lanes(step.calls)), return_exceptions=True
-        )
+        try:
+            lanes = await asyncio.gather(
+                *(self._act_in_order(lane, slots) for lane in _lanes(step.calls)), return_exceptions=True
+            )
+        except asyncio.CancelledError:
+            self._cancel_through_temporal()
+            return False
         for lane in lanes:
             if isinstance(lane, BaseException):
                 raise lane
@@ -177,23 +181,26 @@ class Turn:
         workflow.set_current_details(f"Waiting for the client to return results of: {', '.join(call_ids)}")
         try:
             await workflow.wait_condition(
-                lambda: self._results or self._messages > 0 or self._stop_requested(),
+                lambda: self._has_results() or self._messages > 0 or self._stop_requested(),
                 timeout=timedelta(seconds=self._start.client_tool_timeout_seconds),
                 timeout_summary="client-side tool results",
             )
         except TimeoutError:
             return "timed_out"
+        except asyncio.CancelledError:
+            self._cancel_through_temporal()
         finally:
+            returned = self._has_results()
             self._waiting_for = []
             workflow.set_current_details("")
             self._show_status("running")
-        if self._results:
-            self._results = False
-            return "results"
         if self._cancel is not None:
             return "cancelled"
-        await self._record_brought_messages()
-        return "superseded"
+        return "results" if returned else "superseded"
+
+    def _has_results(self) -> bool:
+        # By id: the word of results may come before the wait has begun, or twice.
+        return not self._returned.isdisjoint(self._waiting_for)
 
     async def _record_brought_messages(self) -> None:
         """Store messages whose content came by signal; from then on they are like any other."""
@@ -202,18 +209,24 @@ class Turn:
             self._to_record.pop(0)
 
     async def _record(self, brought: contract.RecordMessageInput) -> None:
-        await workflow.execute_activity(
-            contract.RECORD_MESSAGE,
-            brought,
-            task_queue=self._start.steps_queue,
-            start_to_close_timeout=contract.DATABASE_STEP_TIMEOUT,
-            retry_policy=contract.DATABASE_STEP_RETRY,
-            summary="record a message brought by signal",
+        await _to_the_end(
+            workflow.start_activity(
+                contract.RECORD_MESSAGE,
+                brought,
+                task_queue=self._start.steps_queue,
+                start_to_close_timeout=contract.DATABASE_STEP_TIMEOUT,
+                heartbeat_timeout=contract.HEARTBEAT_TIMEOUT,
+                retry_policy=contract.DATABASE_STEP_RETRY,
+                summary="record a message brought by signal",
+            )
         )
 
     async def _stoppable(self, step: workflow.ActivityHandle[Result]) -> Result | None:
         """Wait for a step; a cancel or an interrupt stops it, and the result is None."""
-        await workflow.wait_condition(lambda: step.done() or self._stop_requested())
+        try:
+            await workflow.wait_condition(lambda: step.done() or self._stop_requested())
+        except asyncio.CancelledError:
+            self._cancel_through_temporal()
         if not step.done():
             step.cancel()
         try:
@@ -222,6 +235,10 @@ class Turn:
             if self._stop_requested() and is_cancelled_exception(error):
                 return None
             raise
+
+    def _cancel_through_temporal(self) -> None:
+        """Temporal's own cancel (its Web UI, `temporal workflow cancel`) means what our signal means."""
+        self._cancel = self._cancel or contract.CancelSignal(reason="cancelled through Temporal")
 
     def _stop_requested(self) -> bool:
         return self._interrupted or self._cancel is not None
@@ -243,22 +260,25 @@ class Turn:
         self, ending: TurnEnding, *, reason: str | None = None, error_code: str | None = None
     ) -> contract.TurnResult:
         self._phase = TurnPhase.ENDING
-        result = await workflow.execute_activity(
-            contract.FINISH,
-            FinishInput(
-                session_id=self._start.session_id,
-                turn_id=self._turn_id,
-                iteration=self._iteration,
-                ending=ending,
-                reason=reason,
-                error_code=error_code,
-                read_up_to=self._cancel.read_up_to if self._cancel is not None else None,
-            ),
-            result_type=FinishResult,
-            task_queue=self._start.steps_queue,
-            start_to_close_timeout=contract.DATABASE_STEP_TIMEOUT,
-            retry_policy=contract.DATABASE_STEP_RETRY,
-            summary=f"finish · {ending.value}",
+        result = await _to_the_end(
+            workflow.start_activity(
+                contract.FINISH,
+                FinishInput(
+                    session_id=self._start.session_id,
+                    turn_id=self._turn_id,
+                    iteration=self._iteration,
+                    ending=ending,
+                    reason=reason,
+                    error_code=error_code,
+                    read_up_to=self._cancel.read_up_to if self._cancel is not None else None,
+                ),
+                result_type=FinishResult,
+                task_queue=self._start.steps_queue,
+                start_to_close_timeout=contract.DATABASE_STEP_TIMEOUT,
+                heartbeat_timeout=contract.HEARTBEAT_TIMEOUT,
+                retry_policy=contract.DATABASE_STEP_RETRY,
+                summary=f"finish · {ending.value}",
+            )
         )
         return await self._end(ending.value, more=result.more)
 
@@ -305,15 +325,16 @@ class Turn:
 
     @workflow.signal
     def tool_results(self, signal: contract.ToolResultsSignal) -> None:
-        self._results = True
+        """Results are in the log: of these calls, or, without ids, of those the turn is waiting for."""
+        self._returned.update(signal.tool_call_ids or self._waiting_for)
 
     @workflow.signal
     def approvals(self, signal: contract.ApprovalsSignal) -> None:
-        self._results = True
+        self._returned.update(signal.tool_call_ids or self._waiting_for)
 
     @workflow.signal
     def answers(self, signal: contract.AnswersSignal) -> None:
-        self._results = True
+        self._returned.update([signal.tool_call_id] if signal.tool_call_id else self._waiting_for)
 
     @workflow.signal
     def resume(self) -> None:
@@ -355,6 +376,16 @@ class Turn:
         # Deterministic under replay, so that a retried record step stores one message.
         message_id = signal.message_id or f"{Prefix.MESSAGE}_{workflow.uuid4().hex}"
         return contract.RecordMessageInput(session_id=self._start.session_id, message_id=message_id, message=signal)
+
+
+async def _to_the_end(step: workflow.ActivityHandle[Result]) -> Result:
+    """Wait for a step that must not be stopped, whatever is asked in the meantime."""
+    while True:
+        try:
+            return await asyncio.shield(step)
+        except asyncio.CancelledError:
+            if step.cancelled():
+                raise
 
 
 def _lanes(calls: Sequence[CallRef]) -> list[list[CallRef]]:
