@@ -23,7 +23,7 @@ from domain.resources import Agent
 from domain.tools import ToolDefinition
 
 FRONT_MATTER: Final = re.compile(
-    r"\A---[ \t]*\r?\n(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)(?P<body>.*)\Z", re.DOTALL | re.MULTILINE
+    r"\A---[ \t]*(?P<line_break>\r?\n)(?P<yaml>.*?)^---[ \t]*(?:\r?\n|\Z)(?P<body>.*)\Z", re.DOTALL | re.MULTILINE
 )
 
 
@@ -82,11 +82,11 @@ _Dumper.add_representer(str, _Dumper.represent_text)
 def parse_agent_file(text: str) -> AgentFile:
     """Raises `InvalidInput`."""
     if match := FRONT_MATTER.match(text):
-        body = re.sub(r"\A\r?\n", "", match["body"])
+        body = match["body"].removeprefix(match["line_break"])
         parsed = _fields(_load_yaml(match["yaml"]) or {})
         if parsed.system_prompt is not UNSET and body.strip():
             raise InvalidInput("The prompt stands both in the front matter and below it", field="system_prompt")
-        prompt = parsed.system_prompt if parsed.system_prompt is not UNSET else re.sub(r"\r?\n\Z", "", body)
+        prompt = parsed.system_prompt if parsed.system_prompt is not UNSET else body.removesuffix(match["line_break"])
         return _named(msgspec.structs.replace(parsed, system_prompt=prompt))
     if text.startswith("---"):
         raise InvalidInput("The front matter has no end: a line of `---` is missing")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from litestar import Request, Response, Router, delete, get, patch, post, put
 from litestar.di import NamedDependency
 from litestar.openapi import ResponseSpec
-from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, RequestBody, Schema
+from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, RequestBody, Schema
 from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from msgspec import UNSET, UnsetType
 
@@ -31,7 +32,7 @@ from api.links import (
 from api.problems import AllowedAction, declared
 from api.requests import LayerRequest, MaxIterations, ToolInput, capability_refs, client_tools, present
 from api.services import Services
-from db import agents, sessions
+from db import agents, session_stats
 from domain.errors import InvalidInput, NotFound
 from domain.events import TokenUsage
 from domain.ids import Prefix, parse_id
@@ -126,7 +127,7 @@ def changes_of_file(services: Services, file: AgentFile) -> AgentChanges:
     )
 
 
-def agent_view(services: Services, agent: Agent, usage: sessions.Usage | None = None) -> AgentView:
+def agent_view(services: Services, agent: Agent, usage: session_stats.Usage | None = None) -> AgentView:
     url = self_url(services, f"agents/{agent.id}")
     items = [
         ("self", "GET", "", "get_agent"),
@@ -149,8 +150,8 @@ def agent_view(services: Services, agent: Agent, usage: sessions.Usage | None = 
 
 
 async def counted_views(services: Services, found: list[Agent]) -> list[AgentView]:
-    usage = await sessions.usage_by_agent(services.database, [agent.id for agent in found])
-    return [agent_view(services, agent, usage.get(agent.id, sessions.UNUSED)) for agent in found]
+    usage = await session_stats.usage_by_agent(services.database, [agent.id for agent in found])
+    return [agent_view(services, agent, usage.get(agent.id, session_stats.UNUSED)) for agent in found]
 
 
 def saved_response(services: Services, saved: agents.Saved) -> Response[AgentView]:
@@ -196,18 +197,22 @@ async def agent_config() -> ConfigView:
     return resource_config("agents")
 
 
-def _file_body() -> RequestBody:
-    return RequestBody(
-        content={"text/plain": OpenAPIMediaType(schema=Schema(type=OpenAPIType.STRING))},
-        description="Markdown with YAML front matter, YAML, JSON, or the bare prompt.",
-        required=False,
-    )
+@dataclass
+class _TakesFile(Operation):
+    """The body is read as it is, so Litestar cannot describe it."""
+
+    def __post_init__(self) -> None:
+        self.request_body = RequestBody(
+            content={"text/plain": OpenAPIMediaType(schema=Schema(type=OpenAPIType.STRING))},
+            description="Markdown with YAML front matter, YAML, JSON, or the bare prompt.",
+        )
 
 
 @post(
     "/import",
     operation_id="import_agent",
     summary="Import an agent file",
+    operation_class=_TakesFile,
     request_max_body_size=IMPORT_MAX_BYTES,
     responses={200: ResponseSpec(AgentView, description="An agent was replaced"), **declared(409, 413)},
 )
@@ -308,12 +313,12 @@ async def export_agent(agent_id: FromPath[str]) -> Response[str]:
 async def get_agent_stats(services: NamedDependency[Services], agent_id: FromPath[str]) -> ResourceStats:
     """Sessions, turns and tokens over all sessions of the agent."""
     agent = await agents.get_agent(agent_id)
-    return await sessions.resource_stats(services.database, "agent_id", agent.id)
+    return await session_stats.resource_stats(services.database, "agent_id", agent.id)
 
 
 router = Router(
     "/agents",
-    tags=["agents"],
+    tags=["Agents"],
     route_handlers=[
         list_agents,
         create_agent,

@@ -39,7 +39,7 @@ class Health(Struct, frozen=True, kw_only=True):
     auth_mode: str
 
 
-@get("/health", operation_id="health", summary="Health", tags=["health"], responses=declared())
+@get("/health", operation_id="health", summary="Health", tags=["Health"], responses=declared())
 async def health(services: NamedDependency[Services]) -> Health:
     """Answers as long as the process serves requests; it looks at nothing else."""
     return Health(status="ok", version=services.version, auth_mode=services.settings.auth_mode.capitalize())

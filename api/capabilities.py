@@ -67,4 +67,4 @@ async def get_capability(services: NamedDependency[Services], capability_id: Fro
     return capability_view(services, capability, await capability_counts(services.database))
 
 
-router = Router("/capabilities", tags=["capabilities"], route_handlers=[list_capabilities, get_capability])
+router = Router("/capabilities", tags=["Capabilities"], route_handlers=[list_capabilities, get_capability])

@@ -59,6 +59,7 @@ def openapi_config(version: str) -> OpenAPIConfig:
         version=version,
         description="A headless, durable harness engine for AI agents. Errors are RFC 9457 problem details.",
         path=DOCUMENTATION_PATH,
+        use_handler_docstrings=True,
         render_plugins=[JsonRenderPlugin(), DocumentationPage()],
     )
 

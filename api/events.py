@@ -276,7 +276,7 @@ async def stream_events(
         media_type="text/event-stream",
         headers=STREAM_HEADERS,
         status_code=200,
-        # Runs after a disconnect too: without it the slot would be held until the stream is garbage-collected.
+        # Runs after a disconnect too, and frees the slot at once, whoever still refers to the stream.
         background=BackgroundTask(stream.aclose),
     )
 

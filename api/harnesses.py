@@ -14,7 +14,7 @@ from api.links import ConfigView, actions, resource_config, self_url, view
 from api.problems import AllowedAction, declared
 from api.requests import LayerRequest, present
 from api.services import Services
-from db import harnesses, sessions
+from db import harnesses, session_stats
 from domain.errors import NotFound
 from domain.limits import check_name
 from domain.resources import Harness, HarnessChanges, Lifecycle, ResourceStats
@@ -108,7 +108,7 @@ async def list_harnesses(
 ) -> HarnessList:
     """Every harness, newest first. Each word of `search` must occur in the name or the description."""
     found = await harnesses.list_harnesses(search=search, include_archived=include_archived)
-    counts = await sessions.sessions_by_harness(services.database)
+    counts = await session_stats.sessions_by_harness(services.database)
     views = [harness_view(services, harness, counts.get(harness.id, 0)) for harness in found]
     return HarnessList(data=views, total=len(views))
 
@@ -159,7 +159,7 @@ async def import_harness(
 async def get_harness(services: NamedDependency[Services], harness_id: FromPath[str]) -> HarnessView:
     """By id or by name."""
     harness = await harnesses.get_harness(harness_id)
-    counts = await sessions.sessions_by_harness(services.database)
+    counts = await session_stats.sessions_by_harness(services.database)
     return harness_view(services, harness, counts.get(harness.id, 0))
 
 
@@ -201,14 +201,14 @@ async def copy_harness(services: NamedDependency[Services], harness_id: FromPath
 async def get_harness_stats(services: NamedDependency[Services], harness_id: FromPath[str]) -> ResourceStats:
     """Sessions, turns and tokens over all sessions of the harness."""
     harness = await harnesses.get_harness(harness_id)
-    return await sessions.resource_stats(services.database, "harness_id", harness.id)
+    return await session_stats.resource_stats(services.database, "harness_id", harness.id)
 
 
 @get(
     "/harness-examples",
     operation_id="list_harness_examples",
     summary="List harness examples",
-    tags=["harnesses"],
+    tags=["Harnesses"],
     responses=declared(),
 )
 async def list_harness_examples() -> list[HarnessExample]:
@@ -218,7 +218,7 @@ async def list_harness_examples() -> list[HarnessExample]:
 
 router = Router(
     "/harnesses",
-    tags=["harnesses"],
+    tags=["Harnesses"],
     route_handlers=[
         list_harnesses,
         create_harness,

@@ -194,11 +194,11 @@ async def create_model(
 
 models_router = Router(
     "/models",
-    tags=["models"],
+    tags=["Models"],
     route_handlers=[list_models, model_config, get_model, update_model, delete_model],
 )
 providers_router = Router(
     "/providers",
-    tags=["providers"],
+    tags=["Providers"],
     route_handlers=[list_providers, provider_config, get_provider, list_provider_models, create_model],
 )

@@ -45,6 +45,6 @@ async def update_organization(org: FromPath[str], data: JSONBody[UpdateOrganizat
 
 router = Router(
     "/orgs",
-    tags=["organizations"],
+    tags=["Organizations"],
     route_handlers=[list_organizations, get_organization, update_organization],
 )

@@ -29,7 +29,7 @@ from api.links import (
 from api.problems import AllowedAction, declared
 from api.requests import LayerRequest, MaxIterations, ToolInput, client_tools, present
 from api.services import Services
-from db import sessions
+from db import session_stats, sessions
 from db.event_log import EventLog
 from domain.conversation import messages_of
 from domain.errors import InvalidInput
@@ -158,7 +158,7 @@ async def create_session(services: NamedDependency[Services], data: JSONBody[Cre
 @get("/stats", operation_id="get_session_stats", summary="Session counts by status", responses=declared())
 async def get_session_stats(services: NamedDependency[Services]) -> SessionStats:
     """Over all sessions that are not deleted."""
-    return await sessions.session_stats(services.database)
+    return await session_stats.session_stats(services.database)
 
 
 @get("/config", operation_id="session_config", summary="Session policies", responses=declared())
@@ -242,7 +242,7 @@ async def _message_lines(log: EventLog, session_id: str) -> AsyncIterator[bytes]
 
 router = Router(
     "/sessions",
-    tags=["sessions"],
+    tags=["Sessions"],
     route_handlers=[
         list_sessions,
         create_session,

@@ -194,6 +194,9 @@ class MessageStore:
                 accepted.append(row.call.id)
                 if row.status != "settled":
                     await tool_ledger.settle_call(work, turn, row, _settlement(result))
+            if all(row.status == "settled" for row in known):
+                # Results of an earlier wait, sent again: the present one goes on.
+                return accepted
             await work.connection.execute("UPDATE session_state SET status = 'active' WHERE session_id = $1", work.key)
         return accepted
 

@@ -18,10 +18,11 @@ from db.columns import column_values, like_patterns, read_resource
 from db.database import Database
 from db.event_log import EventLog, SessionTransaction
 from db.harnesses import DEFAULT_HARNESS
+from db.session_stats import token_columns
 from domain.clock import timestamp
 from domain.config import CapabilityRef
 from domain.errors import Archived, InvalidInput, NotFound, ResourceLimit, UnknownModel
-from domain.events import NewEvent, SessionStarted, SessionTitleUpdated, TokenUsage
+from domain.events import NewEvent, SessionStarted, SessionTitleUpdated
 from domain.ids import (
     ANONYMOUS_PRINCIPAL_ID,
     ANONYMOUS_USER_ID,
@@ -36,10 +37,8 @@ from domain.limits import MAX_SESSIONS_PER_ORG
 from domain.resources import (
     Lifecycle,
     NewSession,
-    ResourceStats,
     Session,
     SessionChanges,
-    SessionStats,
     SessionStatus,
 )
 
@@ -83,40 +82,12 @@ INSERT INTO sessions (id, org_id, workspace_id, harness_id, agent_id, agent_iden
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)
 """
 
-STATS: Final = """
-SELECT count(*) AS session_count,
-       count(*) FILTER (WHERE t.turn_count > 0) AS started_session_count,
-       count(*) FILTER (WHERE t.status = 'active') AS active_session_count,
-       count(*) FILTER (WHERE t.status NOT IN ('started', 'active', 'waiting_for_tool_results')) AS idle_session_count,
-       count(*) FILTER (WHERE t.status = 'waiting_for_tool_results') AS waiting_for_tool_results_session_count,
-       coalesce(sum(t.turn_count), 0)::bigint AS execution_count,
-       coalesce(sum(t.input_tokens), 0)::bigint AS total_input_tokens,
-       coalesce(sum(t.output_tokens), 0)::bigint AS total_output_tokens,
-       coalesce(sum(t.cache_read_tokens), 0)::bigint AS total_cache_read_tokens,
-       coalesce(sum(t.cache_creation_tokens), 0)::bigint AS total_cache_creation_tokens,
-       coalesce(sum(t.active_ms), 0)::bigint AS total_session_duration_ms,
-       min(s.created_at) AS first_session_at,
-       max(s.created_at) AS last_session_at,
-       (SELECT max(u.started_at) FROM turns u JOIN sessions v ON v.id = u.session_id WHERE v.{column} = $1) AS last_execution_at
-FROM sessions s JOIN session_state t ON t.session_id = s.id WHERE s.{column} = $1
-"""
-
 
 class SessionInContext(Struct, frozen=True, kw_only=True):
     """A session, and the capabilities of all its layers, base first."""
 
     session: Session
     layered_capabilities: list[CapabilityRef]
-
-
-class Usage(Struct, frozen=True, kw_only=True):
-    """What uses a resource: live sessions and, over all sessions ever, tokens."""
-
-    session_count: int
-    tokens: TokenUsage
-
-
-UNUSED: Final = Usage(session_count=0, tokens=TokenUsage(input_tokens=0, output_tokens=0))
 
 
 async def create_session(database: Database, log: EventLog, new: NewSession) -> SessionInContext:
@@ -135,10 +106,10 @@ async def create_session(database: Database, log: EventLog, new: NewSession) -> 
 
 async def _insert(work: SessionTransaction, new: NewSession) -> None:
     connection = work.connection
-    count: int = await connection.fetchval(
+    count = await connection.fetchval(
         "SELECT count(*) FROM sessions WHERE org_id = $1 AND deleted_at IS NULL", DEFAULT_ORG_ID
     )
-    if count >= MAX_SESSIONS_PER_ORG:
+    if (count or 0) >= MAX_SESSIONS_PER_ORG:
         raise ResourceLimit(f"An organization may have {MAX_SESSIONS_PER_ORG} sessions; delete some first")
     agent = await _find(connection, "agent", new.agent_id, new.agent_name)
     harness = await _harness(connection, new, agent)
@@ -316,17 +287,8 @@ def _session_of(row: asyncpg.Record) -> Session:
         model_id=None if row["model_id"] is None else format_id(Prefix.MODEL, row["model_id"]),
         status=STATUS_ON_THE_WIRE.get(row["status"], SessionStatus.IDLE),
         updated_at=timestamp(max(row["updated_at"], row["state_updated_at"])),
-        usage=_tokens(row),
+        usage=token_columns(dict(row)),
     )
-
-
-def _tokens(row: asyncpg.Record) -> dict[str, object]:
-    return {
-        "input_tokens": row["input_tokens"],
-        "output_tokens": row["output_tokens"],
-        "cache_read_tokens": row["cache_read_tokens"] or None,
-        "cache_creation_tokens": row["cache_creation_tokens"] or None,
-    }
 
 
 async def update_session(
@@ -407,73 +369,3 @@ async def _locked(connection: asyncpg.Connection, key: UUID, session_id: str) ->
     if row is None:
         raise session_not_found(session_id)
     return row
-
-
-async def session_stats(database: Database) -> SessionStats:
-    rows = await database.pool.fetch(
-        """SELECT t.status, count(*) AS n FROM sessions s JOIN session_state t ON t.session_id = s.id
-           WHERE s.org_id = $1 AND s.deleted_at IS NULL GROUP BY t.status""",
-        DEFAULT_ORG_ID,
-    )
-    counts = {row["status"]: row["n"] for row in rows}
-    started, active = counts.pop("started", 0), counts.pop("active", 0)
-    waiting, idle = counts.pop("waiting_for_tool_results", 0), sum(counts.values())
-    return SessionStats(
-        started=started,
-        active=active,
-        idle=idle,
-        waiting_for_tool_results=waiting,
-        total=started + active + waiting + idle,
-    )
-
-
-async def resource_stats(
-    database: Database, column: Literal["harness_id", "agent_id"], public_id: str
-) -> ResourceStats:
-    """Over every session the resource ever had, deleted ones included. The caller knows that the resource exists."""
-    key = await _row_id(database, column, public_id)
-    row = await database.pool.fetchrow(STATS.format(column=column), key)
-    assert row is not None
-    count = row["session_count"]
-    return read_resource(
-        dict(row),
-        ResourceStats,
-        total_cost_usd=0.0,
-        total_estimated_cost_usd=0.0,
-        total_actual_cost_usd=0.0,
-        avg_session_duration_ms=row["total_session_duration_ms"] // count if count else None,
-    )
-
-
-async def _row_id(database: Database, column: str, public_id: str) -> UUID:
-    if column == "harness_id":
-        return parse_id(Prefix.HARNESS, public_id)
-    return await database.pool.fetchval(
-        "SELECT id FROM agents WHERE org_id = $1 AND public_id = $2", DEFAULT_ORG_ID, public_id
-    )
-
-
-async def usage_by_agent(database: Database, public_ids: Sequence[str]) -> dict[str, Usage]:
-    rows = await database.pool.fetch(
-        """SELECT a.public_id, count(*) FILTER (WHERE s.deleted_at IS NULL) AS sessions,
-                  sum(t.input_tokens)::bigint AS input_tokens, sum(t.output_tokens)::bigint AS output_tokens,
-                  sum(t.cache_read_tokens)::bigint AS cache_read_tokens,
-                  sum(t.cache_creation_tokens)::bigint AS cache_creation_tokens
-           FROM agents a JOIN sessions s ON s.agent_id = a.id JOIN session_state t ON t.session_id = s.id
-           WHERE a.org_id = $1 AND a.public_id = ANY($2::text[]) GROUP BY a.public_id""",
-        DEFAULT_ORG_ID,
-        list(public_ids),
-    )
-    return {
-        row["public_id"]: Usage(session_count=row["sessions"], tokens=msgspec.convert(_tokens(row), TokenUsage))
-        for row in rows
-    }
-
-
-async def sessions_by_harness(database: Database) -> dict[str, int]:
-    """How many live sessions each harness has; harnesses without any are left out."""
-    rows = await database.pool.fetch(
-        "SELECT harness_id, count(*) AS n FROM sessions WHERE org_id = $1 AND deleted_at IS NULL GROUP BY harness_id",
-        DEFAULT_ORG_ID,
-    )
-    return {format_id(Prefix.HARNESS, row["harness_id"]): row["n"] for row in rows}

@@ -51,6 +51,7 @@ _OPEN_CALLS: Final = f"""SELECT {_COLUMNS} FROM tool_calls WHERE session_id = $1
 _BATCH: Final = f"""SELECT {_COLUMNS}, extract(epoch FROM clock_timestamp() - requested_at) * 1000 AS age_ms
     FROM tool_calls WHERE session_id = $1 AND turn_id = $2 AND iteration = $3 ORDER BY ordinal"""  # noqa: S608
 _KNOWN_IDS: Final = "SELECT call_id FROM tool_calls WHERE session_id = $1 AND call_id = ANY($2::text[])"
+_CALL_COUNT: Final = "SELECT count(*) FROM tool_calls WHERE session_id = $1"
 _REQUEST: Final = """INSERT INTO tool_calls (session_id, call_id, org_id, turn_id, iteration, ordinal, name, display_name,
     arguments, kind, side_effect, concurrency_class, timeout_seconds)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)"""
@@ -113,17 +114,23 @@ async def with_free_ids(work: SessionTransaction, planned: Sequence[PlannedCall]
     """The calls under ids that are new in this session: some providers count from `call_1` in every response."""
     if not planned:
         return []
-    known = {
-        row["call_id"] for row in await work.connection.fetch(_KNOWN_IDS, work.key, [item.call.id for item in planned])
-    }
-    free: list[PlannedCall] = []
-    for item in planned:
-        call = item.call
-        while call.id in known:
-            call = msgspec.structs.replace(call, id=f"{item.call.id}_{len(known)}")
-        known.add(call.id)
-        free.append(msgspec.structs.replace(item, call=call))
-    return free
+    ids = [item.call.id for item in planned]
+    number = 0
+    while True:
+        taken = {row["call_id"] for row in await work.connection.fetch(_KNOWN_IDS, work.key, ids)}
+        if not taken and len(set(ids)) == len(ids):
+            break
+        # Numbers begin where the session's calls end: an id that comes back in every response is free at the first try.
+        number = number or await work.connection.fetchval(_CALL_COUNT, work.key) or 0
+        for place, call_id in enumerate(ids):
+            if call_id in taken:
+                number += 1
+                ids[place] = f"{planned[place].call.id}_{number}"
+            taken.add(ids[place])
+    return [
+        msgspec.structs.replace(item, call=msgspec.structs.replace(item.call, id=call_id))
+        for item, call_id in zip(planned, ids, strict=True)
+    ]
 
 
 async def request_calls(
@@ -221,20 +228,21 @@ async def close_batch(work: SessionTransaction, turn: TurnRow, iteration: int) -
     server = [row for row in batch if row.kind == "server"]
     if any(row.status != "settled" for row in server):
         return False
-    succeeded = sum(row.outcome == "success" for row in server)
-    act_exec = act_exec_id(turn, iteration)
-    await work.append(
-        NewEvent(
-            data=ActCompleted(
-                completed=True,
-                success_count=succeeded,
-                error_count=len(server) - succeeded,
-                duration_ms=round(rows[0]["age_ms"]),
-            ),
-            context=step_context(turn, act_exec),
-            dedupe_key=f"act.completed:{act_exec}",
+    if any(row.attempt > 0 for row in server):  # otherwise nothing opened the batch
+        succeeded = sum(row.outcome == "success" for row in server)
+        act_exec = act_exec_id(turn, iteration)
+        await work.append(
+            NewEvent(
+                data=ActCompleted(
+                    completed=True,
+                    success_count=succeeded,
+                    error_count=len(server) - succeeded,
+                    duration_ms=round(rows[0]["age_ms"]),
+                ),
+                context=step_context(turn, act_exec),
+                dedupe_key=f"act.completed:{act_exec}",
+            )
         )
-    )
     return await request_client_calls(work, turn, [row for row in batch if row.kind == "client"])
 
 
@@ -281,7 +289,7 @@ async def settle_open_calls(work: SessionTransaction, turn: TurnRow, why: OpenCa
                     dedupe_key=f"transcript.repaired:{row.call.id}",
                 )
             )
-    for iteration in {row.iteration for row in rows if row.kind == "server" and row.attempt > 0}:
+    for iteration in sorted({row.iteration for row in rows if row.kind == "server"}):
         await close_batch(work, turn, iteration)
     return len(rows)
 

@@ -154,12 +154,24 @@ def app(services: Services) -> Litestar:
     return create_app(services)
 
 
+ClientOf = Callable[[Litestar], httpx.AsyncClient]
+
+
 @pytest.fixture
-async def client(app: Litestar) -> AsyncIterator[httpx.AsyncClient]:
+def client_of() -> ClientOf:
     """In this event loop, unlike Litestar's test client, whose portal thread could not use the pool. Not for endless SSE."""
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://testserver.local") as test_client:
-        yield test_client
+
+    def connect(app: Litestar) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(cast(Any, app), raise_app_exceptions=False)
+        return httpx.AsyncClient(transport=transport, base_url="http://testserver.local")
+
+    return connect
+
+
+@pytest.fixture
+async def client(app: Litestar, client_of: ClientOf) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(app) as connected:
+        yield connected
 
 
 @contextlib.asynccontextmanager

@@ -161,7 +161,7 @@ async def test_the_list_is_newest_first_and_filters(client: httpx.AsyncClient, m
     made = [await make_session(title=f"Talk {number}") for number in range(3)]
     mine = await make_session(agent_id=agent["id"], title="Own talk")
 
-    async def ids(**query: object) -> list[str]:
+    async def ids(**query: str) -> list[str]:
         return [one["id"] for one in (await client.get(SESSIONS, params=query)).json()["data"]]
 
     assert await ids() == [mine["id"], *(one["id"] for one in reversed(made))]

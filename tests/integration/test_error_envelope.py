@@ -26,10 +26,8 @@ def raise_error(name: FromPath[str]) -> None:
 
 
 @pytest.fixture
-async def faulty(services: Services) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(services, extra_handlers=[raise_error])
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://testserver.local") as client:
+async def faulty(services: Services, client_of) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(create_app(services, extra_handlers=[raise_error])) as client:
         yield client
 
 
