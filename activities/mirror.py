@@ -133,7 +133,7 @@ class _MirroredActivity(ActivityInboundInterceptor):
     ) -> ApplicationError:
         delay = retry_delay_seconds(error, ref.attempt)
         log.warning("model call failed", kind=error.kind.value, error=error.message, retry_in_seconds=delay)
-        await self._state.fail_reason(
+        failures = await self._state.fail_reason(
             ref,
             ReasonFailure(
                 kind=error.kind,
@@ -148,7 +148,8 @@ class _MirroredActivity(ActivityInboundInterceptor):
             # Only the class of the failure: histories hold no provider text.
             f"model call failed: {error.kind.value}",
             type=contract.MODEL_FAILED,
-            non_retryable=not error.retryable,
+            # Counted by us: Temporal's count holds hand-overs and lost workers too.
+            non_retryable=not error.retryable or failures >= contract.MODEL_ATTEMPTS,
             next_retry_delay=timedelta(seconds=delay),
         )
 

@@ -87,7 +87,7 @@ class MessageStore:
         message = Message(
             id=new.message_id or new_id(Prefix.MESSAGE),
             role=Role.USER,
-            content=_widened(new.content),
+            content=_storable(new.content),
             created_at=now_timestamp(),
             controls=new.controls,
             metadata=new.metadata,
@@ -117,7 +117,7 @@ class MessageStore:
             await inbox.put(work, org_id, stored[0].sequence, message.id, new.delivery)
             # A follow-up does not end a wait for the client; everything else makes the session work.
             waits = state.status == "waiting_for_tool_results" and new.delivery is Delivery.FOLLOW_UP
-            preview = "".join(part.text for part in new.content if isinstance(part, TextPart))[:PREVIEW_CHARACTERS]
+            preview = message.text[:PREVIEW_CHARACTERS]
             await work.connection.execute(_MARK_ACTIVE, work.key, state.status if waits else "active", preview or None)
         return PostedMessage(message=message, steered=steered, labels=_labels(session, state))
 
@@ -233,8 +233,12 @@ def _labels(session: asyncpg.Record, state: StateRow) -> TurnLabels:
     )
 
 
-def _widened(parts: Sequence[InputPart]) -> list[ContentPart]:
-    return list(parts)
+def _storable(parts: Sequence[InputPart]) -> list[ContentPart]:
+    """What the log will hold: PostgreSQL's text has no U+0000, and the answer must not show what was not stored."""
+    return [
+        TextPart(text=part.text.replace("\0", "\ufffd")) if isinstance(part, TextPart) and "\0" in part.text else part
+        for part in parts
+    ]
 
 
 def _settlement(result: ClientToolResult) -> ToolSettlement:

@@ -44,7 +44,7 @@ _OPEN_TEXT: Final[dict[str, str]] = {
 }
 
 _COLUMNS: Final = """call_id, turn_id, iteration, ordinal, name, display_name, arguments, kind, side_effect, concurrency_class,
-    timeout_seconds, status, outcome, attempt"""
+    timeout_seconds, status, outcome, attempt, starts"""
 _READ_CALL: Final = f"SELECT {_COLUMNS} FROM tool_calls WHERE session_id = $1 AND call_id = $2"  # noqa: S608
 _OPEN_CALLS: Final = f"""SELECT {_COLUMNS} FROM tool_calls WHERE session_id = $1 AND status <> 'settled'
     ORDER BY requested_at, ordinal"""  # noqa: S608
@@ -55,7 +55,7 @@ _CALL_COUNT: Final = "SELECT count(*) FROM tool_calls WHERE session_id = $1"
 _REQUEST: Final = """INSERT INTO tool_calls (session_id, call_id, org_id, turn_id, iteration, ordinal, name, display_name,
     arguments, kind, side_effect, concurrency_class, timeout_seconds)
     VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)"""
-_RUN: Final = """UPDATE tool_calls SET status = 'running', attempt = $3, worker = $4,
+_RUN: Final = """UPDATE tool_calls SET status = 'running', attempt = $3, starts = starts + 1, worker = $4,
     started_at = coalesce(started_at, clock_timestamp()) WHERE session_id = $1 AND call_id = $2"""
 _SETTLE: Final = """UPDATE tool_calls SET status = 'settled', outcome = $3, settled_at = clock_timestamp()
     WHERE session_id = $1 AND call_id = $2"""
@@ -71,6 +71,7 @@ class CallRow(Struct, frozen=True, kw_only=True):
     status: str
     outcome: str | None
     attempt: int
+    starts: int
     iteration: int
 
     def ref(self) -> CallRef:
@@ -94,6 +95,7 @@ def _call_row(row: asyncpg.Record) -> CallRow:
         status=row["status"],
         outcome=row["outcome"],
         attempt=row["attempt"],
+        starts=row["starts"],
         iteration=row["iteration"],
     )
 

@@ -17,7 +17,8 @@ from domain.ids import Prefix, format_id, parse_id
 from domain.turns import ReasonResult, SessionGone, StepRef
 
 _LOCK_STATE: Final = """
-SELECT org_id, status, last_sequence, turn_id, turn_count, step_exec_id, step_attempt, step_failures, step_wait_ms, model_id,
+SELECT org_id, status, last_sequence, turn_id, turn_count, step_exec_id, step_attempt, step_starts, step_releases,
+       step_failures, step_wait_ms, model_id,
        input_tokens, output_tokens, cache_read_tokens, cache_creation_tokens
 FROM session_state WHERE session_id = $1 FOR NO KEY UPDATE
 """
@@ -36,6 +37,8 @@ class StateRow(Struct, frozen=True, kw_only=True):
     turn_count: int
     step_exec_id: UUID | None
     step_attempt: int
+    step_starts: int
+    step_releases: int
     step_failures: int
     step_wait_ms: int
     model_id: UUID | None
@@ -91,6 +94,8 @@ async def lock_state(work: SessionTransaction) -> StateRow:
         turn_count=row["turn_count"],
         step_exec_id=row["step_exec_id"],
         step_attempt=row["step_attempt"],
+        step_starts=row["step_starts"],
+        step_releases=row["step_releases"],
         step_failures=row["step_failures"],
         step_wait_ms=row["step_wait_ms"],
         model_id=row["model_id"],

@@ -56,8 +56,9 @@ HISTORY_EVENTS: Final = 2_000
 
 _ENTER_STEP: Final = """
 WITH opened AS (UPDATE turns SET open_message_id = $2, open_exec_id = $3 WHERE id = $1)
-UPDATE session_state SET status = 'active', step_exec_id = $3, step_attempt = $4, step_failures = $5, step_wait_ms = $6
-WHERE session_id = $7
+UPDATE session_state SET status = 'active', step_exec_id = $3, step_attempt = $4, step_starts = $5, step_releases = $6,
+    step_failures = $7, step_wait_ms = $8
+WHERE session_id = $9
 """
 _COMMIT_STEP: Final = """
 WITH stepped AS (
@@ -70,6 +71,7 @@ UPDATE session_state SET input_tokens = $12, output_tokens = $13, cache_read_tok
 """
 _NOTE_FAILURE: Final = """UPDATE session_state SET step_failures = step_failures + 1, step_wait_ms = step_wait_ms + $2
     WHERE session_id = $1"""
+_NOTE_RELEASE: Final = "UPDATE session_state SET step_releases = step_releases + 1 WHERE session_id = $1"
 _NOTE_ERROR: Final = "UPDATE turns SET last_error = $2, last_error_code = $3 WHERE id = $1"
 
 
@@ -120,6 +122,8 @@ class TurnStore:
     async def commit_reason(self, ref: StepRef, outcome: ReasonOutcome) -> ReasonResult:
         async with self._log.transaction(ref.session_id) as work:
             state, turn = await self._running_step(work, ref)
+            if turn.iteration >= ref.iteration and turn.last_result is not None:
+                return turn.last_result
             planned = await tool_ledger.with_free_ids(work, outcome.calls)
             unread = await inbox.unread(work)
             steered = not planned and any(item.for_running_turn for item in unread)
@@ -163,7 +167,7 @@ class TurnStore:
                 usage=usage,
                 more=bool(unread),
             )
-        return result
+            return msgspec.structs.replace(result, ended_at=work.appended[-1].sequence)
 
     async def _plan_calls(
         self, work: SessionTransaction, state: StateRow, turn: TurnRow, ref: StepRef, planned: Sequence[PlannedCall]
@@ -185,18 +189,19 @@ class TurnStore:
             serial=turn.config.parallel_tool_calls is False,
         )
 
-    async def fail_reason(self, ref: StepRef, failure: ReasonFailure) -> None:
+    async def fail_reason(self, ref: StepRef, failure: ReasonFailure) -> int:
         async with self._log.transaction(ref.session_id) as work:
-            _, turn = await self._running_step(work, ref)
+            state, turn = await self._running_step(work, ref)
             await work.connection.execute(_NOTE_FAILURE, work.key, failure.retry_in_ms)
             code, _ = USER_ERRORS[failure.kind]
             await work.connection.execute(_NOTE_ERROR, turn.id, failure.error, code)
             await work.append(generation_failed_event(ref, turn, failure))
+        return state.step_failures + 1
 
     async def release_step(self, ref: StepRef) -> None:
         async with self._log.transaction(ref.session_id) as work:
             await self._running_step(work, ref)
-            await work.connection.execute(_NOTE_FAILURE, work.key, 0)
+            await work.connection.execute(_NOTE_RELEASE, work.key)
 
     async def append(self, ref: StepRef, events: Sequence[NewEvent]) -> None:
         await self._log.append(ref.session_id, events, fence=fence(ref))
@@ -204,12 +209,15 @@ class TurnStore:
     async def _enter_step(self, work: SessionTransaction, state: StateRow, turn: TurnRow, ref: StepRef) -> None:
         """Make this attempt the only one that may write. Raises `StepFenced` or `NoProgress`."""
         exec_id = step_key(ref)
-        failures, waited_ms = 0, 0
+        starts, releases, failures, waited_ms = 0, 0, 0, 0
         if state.step_exec_id == exec_id:
             if state.step_attempt > ref.attempt:
                 raise StepFenced
+            starts, releases = state.step_starts, state.step_releases
             failures, waited_ms = state.step_failures, state.step_wait_ms
-        if ref.attempt - 1 - failures >= LOST_ATTEMPTS_BEFORE_SEAL:
+        # An attempt that began and left no word of its end went down with its worker. One that never got here does not
+        # count: a database that is away is no reason to give a turn up.
+        if starts - releases - failures >= LOST_ATTEMPTS_BEFORE_SEAL:
             raise NoProgress
         await work.connection.execute(
             _ENTER_STEP,
@@ -217,6 +225,8 @@ class TurnStore:
             message_id_of(turn, ref.iteration),
             exec_id,
             ref.attempt,
+            starts + 1,
+            releases,
             failures,
             waited_ms,
             work.key,
@@ -260,7 +270,7 @@ class TurnStore:
                 unknown = ToolSettlement(status="error", error=OUTCOME_UNKNOWN)
                 await tool_ledger.settle_call(work, turn, row, unknown, attempts=ref.attempt)
                 return ActResult(waiting=await tool_ledger.close_batch(work, turn, row.iteration))
-            if ref.attempt > LOST_ATTEMPTS_BEFORE_SEAL:
+            if row.starts >= LOST_ATTEMPTS_BEFORE_SEAL:
                 raise NoProgress
             await tool_ledger.start_call(work, turn, row, attempt=ref.attempt, worker=ref.worker)
         return ToolClaim(call=row.call, config=turn.config, side_effect=row.side_effect, timezone=turn.timezone)
@@ -301,7 +311,8 @@ class TurnStore:
                 await work.append(*opened.events)
             if turn.status == "running":
                 await close_turn(work, state, turn, input)
-            return FinishResult(more=bool(await inbox.unread(work)))
+            ended_at = work.appended[-1].sequence if work.appended else None
+            return FinishResult(more=bool(await inbox.unread(work)), ended_at=ended_at)
 
     # --- shared -------------------------------------------------------------------------------------------------------
 

@@ -59,6 +59,9 @@ class ReasonResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: str | None = None
     """Name of the model that answered, for the summary of the next step in Temporal's Web UI."""
 
+    ended_at: int | None = None
+    """With `done`: the last sequence of the turn."""
+
 
 class ActInput(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`idempotency_key` is the same for every attempt of the call."""
@@ -97,6 +100,9 @@ class FinishInput(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class FinishResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     more: bool = False
     """An unread message waits for the next turn."""
+
+    ended_at: int | None = None
+    """The last sequence of the turn."""
 
 
 class StepRef(Struct, frozen=True, kw_only=True):
@@ -221,8 +227,8 @@ class TurnState(Protocol):
 
     async def commit_reason(self, ref: StepRef, outcome: ReasonOutcome) -> ReasonResult: ...
 
-    async def fail_reason(self, ref: StepRef, failure: ReasonFailure) -> None:
-        """Note a failed attempt, so that it does not count as a lost one."""
+    async def fail_reason(self, ref: StepRef, failure: ReasonFailure) -> int:
+        """Note a failed attempt, so that it does not count as a lost one; returns how many failed in this step."""
         ...
 
     async def release_step(self, ref: StepRef) -> None:

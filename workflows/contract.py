@@ -67,18 +67,16 @@ DATABASE_STEP_TIMEOUT: Final = timedelta(seconds=20)
 CLIENT_TOOL_TIMEOUT: Final = timedelta(minutes=5)
 MAX_PARALLEL_TOOLS: Final = 32
 
-REASON_RETRY: Final = RetryPolicy(
-    # Only what says nothing about its own delay waits this long: a lost worker. Provider errors bring `next_retry_delay`.
-    initial_interval=timedelta(milliseconds=100),
-    backoff_coefficient=2.0,
-    maximum_interval=timedelta(seconds=60),
-    maximum_attempts=6,
-)
-ACT_RETRY: Final = RetryPolicy(
+MODEL_ATTEMPTS: Final = 5
+"""Failed model calls before a step is given up."""
+
+STEP_RETRY: Final = RetryPolicy(
+    # Only what says nothing about its own delay waits this long: a lost worker, a database that is away. Provider errors
+    # bring `next_retry_delay`.
     initial_interval=timedelta(milliseconds=100),
     backoff_coefficient=2.0,
     maximum_interval=timedelta(seconds=10),
-    maximum_attempts=6,
+    # Without a limit of Temporal's: a step gives up by what happened to it (`MODEL_ATTEMPTS`, `LOST_ATTEMPTS_BEFORE_SEAL`).
 )
 DATABASE_STEP_RETRY: Final = RetryPolicy(
     initial_interval=timedelta(milliseconds=200),
@@ -98,6 +96,13 @@ STEP_FAILED: Final = "step_failed"
 """Types of the `ApplicationError`s our steps raise; raiser and handler share them here."""
 
 
+class CancelSignal(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`read_up_to` is the log's last sequence when the cancel was asked for; see `FinishInput`."""
+
+    reason: str | None = None
+    read_up_to: int | None = None
+
+
 class TurnStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Input of the `Turn` workflow. A caller gives `session_id` alone; the rest is carried over a continue-as-new."""
 
@@ -111,6 +116,8 @@ class TurnStart(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """None runs the steps on the turn's own queue: Temporal then hands a step to the worker that just scheduled it."""
 
     search_attributes: bool = False
+    cancel: CancelSignal | None = None
+    """A cancel that was asked for before this run began."""
 
 
 class TurnResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -134,13 +141,6 @@ class MessageSignal(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class InterruptSignal(Struct, frozen=True, kw_only=True, omit_defaults=True):
     message_id: str | None = None
     reason: str | None = None
-
-
-class CancelSignal(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """`read_up_to` is the log's last sequence when the cancel was asked for; see `FinishInput`."""
-
-    reason: str | None = None
-    read_up_to: int | None = None
 
 
 class ToolResultsSignal(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from temporalio import workflow
+from temporalio.common import SearchAttributePair, TypedSearchAttributes
 from temporalio.exceptions import ActivityError, ApplicationError, is_cancelled_exception
 
 with workflow.unsafe.imports_passed_through():
@@ -54,7 +55,7 @@ class Turn:
         self._messages = 0
         self._follow_ups = 0
         self._to_record: list[contract.RecordMessageInput] = []
-        self._cancel: contract.CancelSignal | None = None
+        self._cancel = start.cancel
         self._interrupted = False
         self._returned: set[str] = set()
         self._waiting_for: list[str] = []
@@ -64,11 +65,10 @@ class Turn:
     async def run(self, start: contract.TurnStart) -> contract.TurnResult:
         open_calls = "interrupted"
         while True:
-            await self._record_brought_messages()
+            await self._take_in_messages()
             if self._cancel is not None:
                 return await self._finish(TurnEnding.CANCELLED, reason=self._cancel.reason)
             if workflow.info().is_continue_as_new_suggested():
-                await workflow.wait_condition(workflow.all_handlers_finished)
                 workflow.continue_as_new(self._carried_on())
             self._iteration += 1
             self._messages = 0
@@ -85,7 +85,7 @@ class Turn:
                 case ReasonNext.NOTHING:
                     return await self._end("nothing_to_do", more=False)
                 case ReasonNext.DONE:
-                    return await self._end("completed", more=step.more)
+                    return await self._end("completed", more=step.more, ended_at=step.ended_at)
                 case ReasonNext.AGAIN:
                     continue
                 case ReasonNext.ACT:
@@ -119,7 +119,7 @@ class Turn:
                 task_queue=self._start.steps_queue,
                 start_to_close_timeout=timedelta(seconds=self._start.reason_timeout_seconds),
                 heartbeat_timeout=contract.HEARTBEAT_TIMEOUT,
-                retry_policy=contract.REASON_RETRY,
+                retry_policy=contract.STEP_RETRY,
                 cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
                 summary=" · ".join(filter(None, ("reason", self._model, f"iteration {self._iteration}"))),
             )
@@ -168,7 +168,7 @@ class Turn:
                 task_queue=self._start.steps_queue,
                 start_to_close_timeout=timedelta(seconds=call.timeout_seconds) + contract.ACT_TIMEOUT_MARGIN,
                 heartbeat_timeout=contract.HEARTBEAT_TIMEOUT,
-                retry_policy=contract.ACT_RETRY,
+                retry_policy=contract.STEP_RETRY,
                 cancellation_type=workflow.ActivityCancellationType.WAIT_CANCELLATION_COMPLETED,
                 summary=f"act · {call.name}",
             )
@@ -202,11 +202,20 @@ class Turn:
         # By id: the word of results may come before the wait has begun, or twice.
         return not self._returned.isdisjoint(self._waiting_for)
 
-    async def _record_brought_messages(self) -> None:
-        """Store messages whose content came by signal; from then on they are like any other."""
-        while self._to_record:
-            await self._record(self._to_record[0])
-            self._to_record.pop(0)
+    async def _take_in_messages(self) -> None:
+        """Store messages whose content came by signal, and let updates store theirs; from then on they are like any other.
+
+        When this returns there is nothing left that a continue-as-new could lose, and a turn that an update begins finds the
+        update's message in the log.
+        """
+        while self._to_record or not workflow.all_handlers_finished():
+            while self._to_record:
+                await self._record(self._to_record[0])
+                self._to_record.pop(0)
+            try:
+                await workflow.wait_condition(lambda: bool(self._to_record) or workflow.all_handlers_finished())
+            except asyncio.CancelledError:
+                self._cancel_through_temporal()
 
     async def _record(self, brought: contract.RecordMessageInput) -> None:
         await _to_the_end(
@@ -280,18 +289,25 @@ class Turn:
                 summary=f"finish · {ending.value}",
             )
         )
-        return await self._end(ending.value, more=result.more)
+        return await self._end(ending.value, more=result.more, ended_at=result.ended_at)
 
-    async def _end(self, ending: str, *, more: bool) -> contract.TurnResult:
+    async def _end(self, ending: str, *, more: bool, ended_at: int | None = None) -> contract.TurnResult:
         """Close the run, or go on with the next turn when a message arrived after this one was closed in the log."""
-        await self._record_brought_messages()
-        await workflow.wait_condition(workflow.all_handlers_finished)
+        await self._take_in_messages()
         self._show_status(ending)
         # A signal that came after the turn was closed in the log leaves no other trace here, so any of them starts a look;
         # when the log holds nothing unread, the next run ends at once without a turn.
         if more or self._messages > 0 or self._follow_ups > 0:
-            workflow.continue_as_new(self._next_turn())
+            workflow.continue_as_new(
+                self._next_turn(ended_at), search_attributes=self._attributes_with_status("running")
+            )
         return contract.TurnResult(ending=ending, turn_id=self._turn_id, iterations=self._iteration)
+
+    def _attributes_with_status(self, status: str) -> TypedSearchAttributes | None:
+        if not self._start.search_attributes:
+            return None
+        pair = SearchAttributePair(contract.TURN_STATUS_ATTRIBUTE, status)
+        return workflow.info().typed_search_attributes.updated(pair)
 
     def _show_status(self, status: str) -> None:
         """Keep the Web UI's filter true. Only when the starter registered the attributes: an unknown one fails the run."""
@@ -299,10 +315,16 @@ class Turn:
             workflow.upsert_search_attributes([contract.TURN_STATUS_ATTRIBUTE.value_set(status)])
 
     def _carried_on(self) -> contract.TurnStart:
-        return msgspec.structs.replace(self._start, turn_id=self._turn_id, iteration=self._iteration)
+        return msgspec.structs.replace(
+            self._start, turn_id=self._turn_id, iteration=self._iteration, cancel=self._cancel
+        )
 
-    def _next_turn(self) -> contract.TurnStart:
-        return msgspec.structs.replace(self._start, turn_id=None, iteration=0)
+    def _next_turn(self, ended_at: int | None) -> contract.TurnStart:
+        """The next turn's input. A cancel that was asked for after this turn had ended is meant for that one."""
+        cancel = self._cancel
+        if cancel is None or ended_at is None or cancel.read_up_to is None or cancel.read_up_to < ended_at:
+            cancel = None
+        return msgspec.structs.replace(self._start, turn_id=None, iteration=0, cancel=cancel)
 
     # --- what a person or a program may ask for -----------------------------------------------------------------------
 

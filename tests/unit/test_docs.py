@@ -299,10 +299,11 @@ def test_the_timeouts_in_the_table_are_those_of_the_contract() -> None:
             case timedelta():
                 value = value.total_seconds()
             case RetryPolicy():
-                value = value.maximum_attempts
+                assert value.maximum_interval is not None
+                value = value.maximum_interval.total_seconds()
         assert f"{value:g}" in re.findall(r"(?<![\w.])\d+(?:\.\d+)?", shown), name
     timeouts = {name for name in vars(contract) if name.endswith(("_TIMEOUT", "_MARGIN", "_INTERVAL_SECONDS"))}
-    limits = {"MAX_PARALLEL_TOOLS", "REASON_RETRY", "ACT_RETRY", "LOST_ATTEMPTS_BEFORE_SEAL"}
+    limits = {"MAX_PARALLEL_TOOLS", "STEP_RETRY", "MODEL_ATTEMPTS", "LOST_ATTEMPTS_BEFORE_SEAL"}
     assert timeouts | limits == set(listed)
 
 
