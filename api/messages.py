@@ -96,6 +96,7 @@ async def create_message(
             message_id=posted.message.id,
             delivery=data.delivery,
             running=posted.steered,
+            ends_wait=posted.ends_wait,
             labels=posted.labels,
         ),
         "wake turn",

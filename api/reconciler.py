@@ -61,13 +61,14 @@ class Reconciler:
             elif phase is not TurnPhase.WAITING_FOR_TOOL_RESULTS:
                 # A turn at work reads its messages itself: between two steps, or at its end.
                 continue
+            elif not session.active:
+                # Waiting, in the log as well: what is unread came before the wait and is read with the results.
+                continue
             elif session.unread:
-                await self._turns.wake(session_id, running=True)
-            elif session.active:
+                await self._turns.wake(session_id, running=True, ends_wait=True)
+            else:
                 # The log is not waiting any more: the results are in, and the word of it was lost.
                 await self._turns.tool_results(session_id, [])
-            else:
-                continue
             nudged += 1
             log.info("session nudged", session_id=session_id, unread=session.unread)
         return nudged

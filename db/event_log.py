@@ -232,10 +232,13 @@ class EventLog:
 
     @contextlib.asynccontextmanager
     async def transaction(self, session_id: str) -> AsyncIterator[SessionTransaction]:
-        async with self._pool.acquire() as connection, connection.transaction():
-            work = SessionTransaction(connection, session_id)  # type: ignore[arg-type]  # a pool's proxy
-            yield work
-        self._publisher.publish(session_id, work.appended)
+        async with self._pool.acquire() as connection:
+            async with connection.transaction():
+                work = SessionTransaction(connection, session_id)  # type: ignore[arg-type]  # a pool's proxy
+                yield work
+            # Before the connection goes back: PostgreSQL's notification is on its way, and a reader it reaches first would
+            # fetch from the log what is handed over here.
+            self._publisher.publish(session_id, work.appended)
 
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[asyncpg.Connection]:
@@ -249,7 +252,7 @@ class EventLog:
         """Append in a transaction of its own: one round trip. Raises `SessionGone` or `StepFenced`."""
         async with self._pool.acquire() as connection:
             stored = await append_in(connection, session_id, events, fence=fence)  # type: ignore[arg-type]
-        self._publisher.publish(session_id, stored)
+            self._publisher.publish(session_id, stored)
         return stored
 
     async def read(

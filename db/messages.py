@@ -60,11 +60,12 @@ class NewMessage(Struct, frozen=True, kw_only=True):
 
 
 class PostedMessage(Struct, frozen=True, kw_only=True):
-    """`steered` tells whether a turn was at work when the message came."""
+    """`steered` tells whether a turn was at work when the message came, `ends_wait` whether it ended a wait for the client."""
 
     message: Message
     steered: bool
     labels: TurnLabels
+    ends_wait: bool = False
 
 
 class StaleSession(Struct, frozen=True, kw_only=True):
@@ -119,7 +120,12 @@ class MessageStore:
             waits = state.status == "waiting_for_tool_results" and new.delivery is Delivery.FOLLOW_UP
             preview = message.text[:PREVIEW_CHARACTERS]
             await work.connection.execute(_MARK_ACTIVE, work.key, state.status if waits else "active", preview or None)
-        return PostedMessage(message=message, steered=steered, labels=_labels(session, state))
+        return PostedMessage(
+            message=message,
+            steered=steered,
+            labels=_labels(session, state),
+            ends_wait=state.status == "waiting_for_tool_results" and not waits,
+        )
 
     async def require(self, org_id: int, session_id: str) -> None:
         """Raises `NotFound` unless the session exists, `MalformedId` when its id can't."""

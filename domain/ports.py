@@ -34,11 +34,13 @@ class TurnGateway(Protocol):
         message_id: str | None = None,
         delivery: Delivery = Delivery.STEER,
         running: bool = False,
+        ends_wait: bool | None = None,
         labels: TurnLabels | None = None,
     ) -> None:
         """Start a turn, or tell the running one, because something unread is in the log.
 
-        `running` is the caller's guess which of the two it will be; a wrong one costs a round trip.
+        `running` is the caller's guess which of the two it will be; a wrong one costs a round trip. `ends_wait` tells whether
+        the message came while the session waited for client-side tools.
         """
         ...
 

@@ -46,9 +46,10 @@ class TemporalTurns:
         message_id: str | None = None,
         delivery: Delivery = Delivery.STEER,
         running: bool = False,
+        ends_wait: bool | None = None,
         labels: TurnLabels | None = None,
     ) -> None:
-        signal = contract.MessageSignal(message_id=message_id, delivery=delivery)
+        signal = contract.MessageSignal(message_id=message_id, delivery=delivery, ends_wait=ends_wait)
         for round_number in range(START_OR_SIGNAL_ROUNDS):
             if (running or round_number > 0) and await self._signal(session_id, "message", signal):
                 return

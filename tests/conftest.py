@@ -96,6 +96,7 @@ class RecordingTurns:
         message_id: str | None = None,
         delivery: Delivery = Delivery.STEER,
         running: bool = False,
+        ends_wait: bool | None = None,
         labels: TurnLabels | None = None,
     ) -> None:
         self._note("wake", session_id)

@@ -136,6 +136,8 @@ class MessageSignal(Struct, frozen=True, kw_only=True, omit_defaults=True):
     delivery: Delivery = Delivery.STEER
     controls: Controls | None = None
     metadata: dict[str, object] | None = None
+    ends_wait: bool | None = None
+    """Whether the message came after the log began to wait for client-side tools, if the sender knows."""
 
 
 class InterruptSignal(Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -57,6 +57,7 @@ class Turn:
         self._to_record: list[contract.RecordMessageInput] = []
         self._cancel = start.cancel
         self._interrupted = False
+        self._wait_ended = False
         self._returned: set[str] = set()
         self._waiting_for: list[str] = []
         self._model: str | None = None
@@ -73,6 +74,7 @@ class Turn:
             self._iteration += 1
             self._messages = 0
             self._interrupted = False
+            self._wait_ended = False
             try:
                 step = await self._reason(open_calls)
             except ActivityError as error:
@@ -181,7 +183,7 @@ class Turn:
         workflow.set_current_details(f"Waiting for the client to return results of: {', '.join(call_ids)}")
         try:
             await workflow.wait_condition(
-                lambda: self._has_results() or self._messages > 0 or self._stop_requested(),
+                lambda: self._has_results() or self._wait_ended or self._stop_requested(),
                 timeout=timedelta(seconds=self._start.client_tool_timeout_seconds),
                 timeout_summary="client-side tool results",
             )
@@ -333,7 +335,7 @@ class Turn:
         """A message for this session: stored already (`message_id`), or brought along (`content`)."""
         if signal.content is not None:
             self._to_record.append(self._brought(signal))
-        self._note(signal.delivery)
+        self._note(signal)
 
     @workflow.signal
     def interrupt(self, signal: contract.InterruptSignal) -> None:
@@ -379,7 +381,7 @@ class Turn:
         steered = self._phase is not TurnPhase.STARTING
         brought = self._brought(signal)
         await self._record(brought)
-        self._note(signal.delivery)
+        self._note(signal)
         return contract.SendMessageReceipt(message_id=brought.message_id, turn_id=self._turn_id, steered=steered)
 
     @send_message.validator
@@ -387,12 +389,16 @@ class Turn:
         if not signal.content:
             raise ValueError("`content` must hold at least one part")
 
-    def _note(self, delivery: Delivery) -> None:
-        if delivery is Delivery.FOLLOW_UP:
+    def _note(self, signal: contract.MessageSignal) -> None:
+        if signal.delivery is Delivery.FOLLOW_UP:
             self._follow_ups += 1
             return
         self._messages += 1
-        self._interrupted = self._interrupted or delivery is Delivery.INTERRUPT
+        self._interrupted = self._interrupted or signal.delivery is Delivery.INTERRUPT
+        # A message from before the wait steers: it is read with the results. One that came after ends the wait. The API knows
+        # which, from the transaction that stored it; its word may arrive in either order.
+        waiting = self._phase is TurnPhase.WAITING_FOR_TOOL_RESULTS
+        self._wait_ended = self._wait_ended or (waiting if signal.ends_wait is None else signal.ends_wait)
 
     def _brought(self, signal: contract.MessageSignal) -> contract.RecordMessageInput:
         # Deterministic under replay, so that a retried record step stores one message.
