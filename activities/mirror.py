@@ -57,6 +57,12 @@ FIRST_RETRY_SECONDS: Final = 1.0
 MAX_RETRY_SECONDS: Final = 60.0
 RETRY_JITTER: Final = 0.1
 
+CANCELLED: Final = "Cancelled while it was running."
+CANCELLED_OUTCOME_UNKNOWN: Final = (
+    "Cancelled while it was running. Whether the call took effect is unknown. "
+    "Do not repeat it without checking or asking first."
+)
+
 log = structlog.get_logger(__name__)
 
 Body = Callable[[], Awaitable[object]]
@@ -158,14 +164,15 @@ class _MirroredActivity(ActivityInboundInterceptor):
         if not isinstance(opened, ToolClaim):
             return opened
         enter(CallStep(ref=ref, claim=opened))
+        # Stopped halfway, an at-most-once call has an unknown outcome; when the worker stops it may use the grace period.
+        finish_first = opened.side_effect is SideEffect.AT_MOST_ONCE
         try:
-            # Stopping an at-most-once call halfway would leave its outcome unknown: it may use the grace period.
-            finish_first = opened.side_effect is SideEffect.AT_MOST_ONCE
             settlement = await (body() if finish_first else _unless_stopping(body))
         except asyncio.CancelledError:
             details = activity.cancellation_details()
             if details is not None and details.cancel_requested:
-                stopped = ToolSettlement(status="cancelled", error="Cancelled while it was running.")
+                text = CANCELLED_OUTCOME_UNKNOWN if finish_first else CANCELLED
+                stopped = ToolSettlement(status="cancelled", error=text)
                 await asyncio.shield(self._state.settle_call(ref, input.call_id, stopped))
             raise
         if not isinstance(settlement, ToolSettlement):

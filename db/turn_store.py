@@ -213,7 +213,9 @@ class TurnStore:
         if state.step_exec_id == exec_id:
             if state.step_attempt > ref.attempt:
                 raise StepFenced
-            starts, releases = state.step_starts, state.step_releases
+            # This attempt once more: the answer to its beginning was lost, which is no second start.
+            starts = state.step_starts - (state.step_attempt == ref.attempt)
+            releases = state.step_releases
             failures, waited_ms = state.step_failures, state.step_wait_ms
         # An attempt that began and left no word of its end went down with its worker. One that never got here does not
         # count: a database that is away is no reason to give a turn up.

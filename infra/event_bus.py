@@ -127,6 +127,6 @@ class EventBus:
     def _notified(self, connection: object, pid: int, channel: str, payload: object) -> None:
         session, _, sequence = str(payload).partition(":")
         sinks = self._sinks.get(f"{Prefix.SESSION}_{session}")
-        if sinks and sequence.isdigit():
+        if sinks and sequence.isdecimal():
             for sink in sinks:
                 sink.advanced(int(sequence))

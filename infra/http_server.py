@@ -18,6 +18,9 @@ import uvicorn
 
 GRACE_SECONDS: Final = 5
 BACKLOG: Final = 2048
+KEEP_ALIVE_SECONDS: Final = 75
+"""Longer than any usual client or load balancer keeps an idle connection (httpx and Node 5 s, proxies 60 s). With uvicorn's
+default, which is also 5 s, a request may be sent just when the server hangs up, and be lost without an answer."""
 
 
 class HttpServer(uvicorn.Server):
@@ -29,6 +32,7 @@ class HttpServer(uvicorn.Server):
             log_config=None,
             access_log=False,
             timeout_graceful_shutdown=GRACE_SECONDS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             backlog=BACKLOG,
             server_header=False,
             lifespan="on",

@@ -35,8 +35,8 @@ CHATTY_LOGGERS = (
 )
 
 # Attributes that libraries put on their records for their own formatters and filters: the same text with terminal
-# colours in it, an object whose fields are in the message already, a mark.
-FORMATTER_EXTRAS = ("color_message", "temporal_log", "__temporal_error_identifier")
+# colours in it, and a mark.
+FORMATTER_EXTRAS = ("color_message", "__temporal_error_identifier")
 
 # uvicorn configures its own handlers; a line must not come out twice, in two formats.
 SELF_CONFIGURED_LOGGERS = ("uvicorn", "uvicorn.error", "uvicorn.access", "litestar")
@@ -83,7 +83,7 @@ def configure_logging(level: LogLevel, log_format: LogFormat, *, stream: TextIO 
     handler = logging.StreamHandler(output)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder(), drop_formatter_extras],
+            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder(), tidy_extras],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, mask_secrets, renderer],
         )
     )
@@ -99,9 +99,13 @@ def configure_logging(level: LogLevel, log_format: LogFormat, *, stream: TextIO 
     logging.captureWarnings(True)
 
 
-def drop_formatter_extras(logger: WrappedLogger, method_name: str, event: EventDict) -> EventDict:
+def tidy_extras(logger: WrappedLogger, method_name: str, event: EventDict) -> EventDict:
+    """The structlog processor for what libraries attach to their lines."""
     for name in FORMATTER_EXTRAS:
         event.pop(name, None)
+    # Temporal's Rust core attaches its whole entry, most of which the line has already.
+    if fields := getattr(event.pop("temporal_log", None), "fields", None):
+        event["fields"] = fields
     return event
 
 

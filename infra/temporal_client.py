@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -132,6 +132,9 @@ def _tls(settings: Settings) -> TLSConfig | bool:
 # --- Logs ----------------------------------------------------------------------------------------------------------
 
 
+CORE_LOGGER: Final = logging.getLogger("temporalio.core")
+
+
 def configure_temporal_logging() -> None:
     """Bring the SDK's logs into our format: its Rust core would write to standard error by itself, in its own colours.
 
@@ -140,7 +143,10 @@ def configure_temporal_logging() -> None:
     logs = LoggingConfig(
         filter=TelemetryFilter(core_level="WARN", other_level="ERROR"),
         forwarding=LogForwardingConfig(
-            logger=logging.getLogger("temporalio.core"), append_target_to_name=False, prepend_target_on_message=False
+            logger=CORE_LOGGER,
+            append_target_to_name=False,
+            prepend_target_on_message=False,
+            append_log_fields_to_message=False,
         ),
     )
     Runtime.set_default(Runtime(telemetry=TelemetryConfig(logging=logs)), error_if_already_set=False)

@@ -25,6 +25,7 @@ PREFERRED_UI_PORT = 8233  # what `temporal server start-dev` itself would use: p
 
 READY_DEADLINE_SECONDS = 30.0
 READY_POLL_SECONDS = 0.02
+START_ATTEMPTS = 3
 
 # Unknown keys are ignored without a word, so a typo here is silent: the integration test asserts the effects.
 # Values are JSON. Measured with temporalio 1.35 and server 1.32 on two cores.
@@ -44,6 +45,10 @@ DYNAMIC_CONFIG: Mapping[str, str] = {
     "system.enableCancelActivityWorkerCommand": "true",
     "frontend.WorkerCommandsEnabled": "true",
     "frontend.WorkerHeartbeatsEnabled": "true",
+    # A worker that is gone without closing its connections (frozen, its machine or network lost) still has polls waiting, and
+    # they go on being given tasks, oldest first. With the defaults of 60 s and 10 s a step lost six attempts to them.
+    "frontend.keepAliveTime": '"1s"',
+    "frontend.keepAliveTimeout": '"2s"',
 }
 
 # For `WorkflowEnvironment.start_time_skipping_v2`; a clock that jumps has no place outside tests.
@@ -106,11 +111,24 @@ class TemporalDevServer:
         return f"http://localhost:{self._ui_port}" if self._ui and self._ui_port is not None else None
 
     async def start(self) -> None:
-        """The ports that were not given are picked at the first start and kept, so that clients find it again."""
-        if self._port is None:
-            self._port = free_port()
-        if self._ui and self._ui_port is None:
-            self._ui_port = free_port(PREFERRED_UI_PORT)
+        """The ports that were not given are picked at the first start and kept, so that clients find it again.
+
+        Somebody else may take a picked port before the server does; then others are picked.
+        """
+        given = self._port, self._ui_port
+        for attempt in range(1, START_ATTEMPTS + 1):
+            # Two dev stacks that start at once both find the usual UI port free: from the second try on, any will do.
+            self._port = given[0] or free_port()
+            self._ui_port = (given[1] or free_port(PREFERRED_UI_PORT if attempt == 1 else None)) if self._ui else None
+            try:
+                await self._start()
+            except TemporalServerError:
+                if attempt == START_ATTEMPTS or all(given):
+                    raise
+            else:
+                return
+
+    async def _start(self) -> None:
         for port in (self._port, self._ui_port if self._ui else None):
             # Otherwise whoever has the port would be taken for our server.
             if port is not None and not is_free(port):

@@ -104,8 +104,8 @@ class Stack:
                     trust_env=False,
                 )
             )
-            self._pool = await stack.enter_async_context(asyncpg.create_pool(self.database_url, min_size=1, max_size=4))
-            self._log = EventLog(self._pool, _Nobody())
+            self.pool = await stack.enter_async_context(asyncpg.create_pool(self.database_url, min_size=1, max_size=4))
+            self.log = EventLog(self.pool, _Nobody())
             self._exit = stack.pop_all()
         return self
 
@@ -289,7 +289,7 @@ class Stack:
         events: list[StoredEvent] = []
         while True:
             after = events[-1].sequence if events else 0
-            page = await self._log.read(session, after_sequence=after, limit=READ_EVENTS)
+            page = await self.log.read(session, after_sequence=after, limit=READ_EVENTS)
             events.extend(page)
             if len(page) < READ_EVENTS:
                 return events

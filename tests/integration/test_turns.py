@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from uuid import uuid4
@@ -26,9 +27,10 @@ from db.messages import MessageStore
 from db.turn_ending import LOST_TURN_REASON, SUPERSEDED_REASON
 from db.turn_store import TurnStore
 from domain.events import StoredEvent
+from domain.ids import Prefix, parse_id
 from domain.model import USER_ERROR_CODES
 from infra.temporal_worker import WorkerOptions, running_workers
-from tests.stack import Json, Stack, of_type, payload
+from tests.stack import EVERRUNS, Json, Stack, of_type, payload
 from workflows import contract
 from workflows.turn import Turn
 
@@ -530,7 +532,7 @@ async def test_a_new_message_supersedes_the_wait_for_the_client(stack: Stack) ->
 
 async def test_steering_from_before_the_wait_is_read_with_the_results(stack: Stack) -> None:
     session = await stack.create_session(tools=[ASK_CLIENT])
-    slow = {"text": "A moment, please.", "inter_token_delay_ms": 100, **calling(call("ask_client", "call_a"))}
+    slow = {**calling(call("ask_client", "call_a")), "text": "One moment, please.", "inter_token_delay_ms": 200}
     await stack.post_message(session, "go", llmsim=script(slow, saying("Done.")))
     await stack.wait_for_event(session, "output.message.delta")
     await stack.post_message(session, "And be quick")
@@ -872,3 +874,45 @@ async def test_a_tool_that_takes_too_long_gets_a_result_that_says_so(stack: Stac
         "call_quick": "success",
     }
     assert answers(log)[-1] == "So be it."
+
+
+# --- the checker's command --------------------------------------------------------------------------------------------
+
+
+async def check_log_command(stack: Stack, *sessions: str) -> tuple[int | None, str]:
+    """`everruns check-log`: exit code and output."""
+    environment = {**os.environ, **stack.addresses.environment}
+    process = await asyncio.create_subprocess_exec(
+        EVERRUNS,
+        "check-log",
+        *sessions,
+        env=environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    printed, _ = await process.communicate()
+    return process.returncode, printed.decode()
+
+
+async def test_check_log_names_the_event_that_breaks_a_rule(stack: Stack) -> None:
+    good, bad, running = [await stack.create_session() for _ in range(3)]
+    await usable(stack, good)
+    await usable(stack, bad)
+    await stack.post_message(running, "go", llmsim=HANGING)
+    await stack.wait_for_event(running, "output.message.delta")
+    code, printed = await check_log_command(stack, good, bad, running)
+    assert (code, "every rule holds" in printed) == (0, True), printed
+    await stack.pool.execute(
+        """INSERT INTO events (org_id, session_id, sequence, id, type, ts, context, data)
+           SELECT org_id, session_id, 999, gen_random_uuid(), type, now(), context, data FROM events
+           WHERE session_id = $1 AND sequence = 1""",
+        parse_id(Prefix.SESSION, bad),
+    )
+    code, printed = await check_log_command(stack, good, bad, running)
+    assert (code, printed.count("\n")) == (1, 2), printed
+    assert f"{bad} 999 sequences_are_contiguous: " in printed
+    assert printed.endswith("1 violation.\n")
+    code, printed = await check_log_command(stack, "session_unknown")
+    assert (code, "session_unknown" in printed) == (1, True), printed
+    await stack.cancel(running)
+    await stack.idle(running)
