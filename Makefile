@@ -44,9 +44,11 @@ format: $(STAMP) ## Format the code and sort imports
 bench: $(STAMP) ## Measure; prints a table and writes benchmarks/results/
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-lock: ## Resolve pyproject.toml again into the two lock files (needs uv)
+lock: ## Resolve pyproject.toml again into the lock files (needs uv)
 	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra dev -o requirements.lock
 	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --extra dev --group test --group lint --group build -o requirements-dev.lock
+	uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --constraints requirements.lock -o requirements-server.lock
+	uv pip compile --group build --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --constraints requirements-dev.lock -o requirements-build.lock
 
 clean: ## Remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

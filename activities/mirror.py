@@ -63,6 +63,9 @@ CANCELLED_OUTCOME_UNKNOWN: Final = (
     "Do not repeat it without checking or asking first."
 )
 
+HAND_OVER_DELAY: Final = timedelta(milliseconds=50)
+"""Time for the leaving worker's polls to end: a step that is offered again at once might be offered to them."""
+
 log = structlog.get_logger(__name__)
 
 Body = Callable[[], Awaitable[object]]
@@ -209,7 +212,7 @@ def _as_application_error() -> Iterator[None]:
         raise ApplicationError("no progress", type=contract.NO_PROGRESS, non_retryable=True) from None
     except _WorkerStopping:
         raise ApplicationError(
-            "worker is stopping", type=contract.WORKER_STOPPING, next_retry_delay=timedelta(milliseconds=1)
+            "worker is stopping", type=contract.WORKER_STOPPING, next_retry_delay=HAND_OVER_DELAY
         ) from None
     except Exception as error:
         log.exception("step failed")

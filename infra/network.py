@@ -18,6 +18,20 @@ def free_port(preferred: int | None = None) -> int:
         return probe.getsockname()[1]
 
 
+def claim(port: int) -> socket.socket | None:
+    """The right to try a port, among processes that ask for it here: two starts at once would both find it free.
+
+    It is held as the UDP port of the same number, which nobody wants, and ends with the socket or the process.
+    """
+    holder = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    try:
+        holder.bind((LOOPBACK, port))
+    except OSError:
+        holder.close()
+        return None
+    return holder
+
+
 def is_free(port: int) -> bool:
     with socket.socket() as probe:
         # A port in TIME_WAIT is free for a server.

@@ -8,6 +8,7 @@ import importlib.metadata
 import os
 import shutil
 import signal
+import socket
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from temporalio.api.workflowservice.v1 import DescribeNamespaceRequest
 from temporalio.client import Client
 
 from infra.child_processes import Child, ChildProcesses
-from infra.network import LOOPBACK, free_port, is_free
+from infra.network import LOOPBACK, claim, free_port, is_free
 
 NAMESPACE = "default"
 PREFERRED_UI_PORT = 8233  # what `temporal server start-dev` itself would use: people have it in their bookmarks
@@ -45,6 +46,9 @@ DYNAMIC_CONFIG: Mapping[str, str] = {
     "system.enableCancelActivityWorkerCommand": "true",
     "frontend.WorkerCommandsEnabled": "true",
     "frontend.WorkerHeartbeatsEnabled": "true",
+    # The polls of a worker that says goodbye end before anything else is given to them. Without it a step that was just handed
+    # over may go to the leaving worker's own poll, which only the heartbeat finds out, 3 s later.
+    "frontend.enableCancelWorkerPollsOnShutdown": "true",
     # A worker that is gone without closing its connections (frozen, its machine or network lost) still has polls waiting, and
     # they go on being given tasks, oldest first. With the defaults of 60 s and 10 s a step lost six attempts to them.
     "frontend.keepAliveTime": '"1s"',
@@ -84,6 +88,7 @@ class TemporalDevServer:
         self._dynamic_config = {**DYNAMIC_CONFIG, **(TIME_SKIPPING_CONFIG if time_skipping else {})}
         self._log_path = log_path
         self._server: Child | None = None
+        self._ui_claim: socket.socket | None = None
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -117,13 +122,17 @@ class TemporalDevServer:
         """
         given = self._port, self._ui_port
         for attempt in range(1, START_ATTEMPTS + 1):
-            # Two dev stacks that start at once both find the usual UI port free: from the second try on, any will do.
+            # The server takes its UI port last, after it has become ready: losing that one would be noticed too late.
+            if attempt == 1 and self._ui and given[1] is None:
+                self._ui_claim = claim(PREFERRED_UI_PORT)
             self._port = given[0] or free_port()
-            self._ui_port = (given[1] or free_port(PREFERRED_UI_PORT if attempt == 1 else None)) if self._ui else None
+            usual = PREFERRED_UI_PORT if attempt == 1 and self._ui_claim else None
+            self._ui_port = (given[1] or free_port(usual)) if self._ui else None
             try:
                 await self._start()
             except TemporalServerError:
                 if attempt == START_ATTEMPTS or all(given):
+                    await self.stop()
                     raise
             else:
                 return
@@ -143,10 +152,13 @@ class TemporalDevServer:
             # Nothing in memory is worth the 1.1 s of an orderly stop.
             stop_signal=signal.SIGKILL if self._db_file is None else signal.SIGTERM,
             log_path=log_path,
+            # Until it is ready, its end is told here, and may be followed by another try.
+            ends_by_itself=True,
         )
         try:
             async with asyncio.timeout(READY_DEADLINE_SECONDS):
                 await self._become_ready(self._server)
+            self._server.stopping = False
         except TimeoutError:
             tail = self._server.log_tail()
             await self.stop()
@@ -161,6 +173,9 @@ class TemporalDevServer:
         if self._server is not None:
             await self._server.stop()
             self._server = None
+        if self._ui_claim is not None:
+            self._ui_claim.close()
+            self._ui_claim = None
 
     def _arguments(self) -> list[str]:
         arguments = ["server", "start-dev", "--ip", LOOPBACK, "--port", str(self._port), "--log-level", "error"]

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import timedelta
 from typing import Final
 
+import structlog
 from msgspec import Struct
 from temporalio.api.workflowservice.v1 import SetWorkerDeploymentCurrentVersionRequest
 from temporalio.client import Client
@@ -31,6 +32,11 @@ HEARTBEAT_THROTTLE: Final = timedelta(milliseconds=500)
 
 POLLERS: Final = 20
 GRACE: Final = timedelta(seconds=8)
+FAREWELL_SECONDS: Final = 2.0
+"""For the last words to Temporal. Without a limit the SDK waits for a server that is gone for as long as it is gone."""
+
+
+log = structlog.get_logger(__name__)
 
 
 class WorkerOptions(Struct, frozen=True, kw_only=True):
@@ -81,11 +87,18 @@ async def running_workers(
     try:
         yield failure
     finally:
-        # Steps first: they hand their work over while turns can still be told about it.
-        for worker in workers:
-            await worker.shutdown()
-        with contextlib.suppress(Exception, asyncio.CancelledError):
-            await failure
+        try:
+            async with asyncio.timeout(GRACE.total_seconds() + FAREWELL_SECONDS):
+                # Steps first: they hand their work over while turns can still be told about it.
+                for worker in workers:
+                    await worker.shutdown()
+        except TimeoutError:
+            log.warning("Temporal does not answer; this worker's tasks are taken over as after a crash")
+            failure.cancel()
+        # Bounded too: the SDK's core takes half a minute to give up a server that is gone.
+        await asyncio.wait({failure}, timeout=FAREWELL_SECONDS)
+        if failure.done() and not failure.cancelled():
+            failure.exception()  # Whoever waited for it has had it; asked for here so that nobody is told it was not.
 
 
 async def _run_all(workers: Sequence[Worker]) -> None:

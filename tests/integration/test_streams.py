@@ -844,7 +844,7 @@ async def test_a_turn_streams_the_same_bytes_from_the_worker_s_own_process_and_f
     assert [frame.raw for frame in one] == [frame.raw for frame in two]
     joined = [await _joined(api, session, event.id) for api in (stack.api, url) for event in log[:: len(log) // 6]]
     for frames in joined:
-        assert [frame.raw for frame in frames] == [frame.raw for frame in one][-len(frames) :]
+        assert [frame.raw for frame in frames] == [frame.raw for frame in one][len(one) - len(frames) :]
     texts = {
         str(frame.payload["message_id"]): str(frame.payload["accumulated"])
         for frame in one
