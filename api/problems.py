@@ -10,13 +10,13 @@ import re
 from http import HTTPStatus
 from typing import Any, Final
 
-import asyncpg
 import structlog
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, SerializationException, ValidationException
 from litestar.openapi import ResponseSpec
 from msgspec import Struct
 
+from db.patient_state import is_away
 from domain.errors import (
     DependencyUnavailable,
     EverrunsError,
@@ -39,8 +39,6 @@ RETRY_AFTER_SECONDS: Final = {"sse_limit": 5, "dependency_unavailable": 5, "too_
 
 NUL_SQLSTATES: Final = frozenset({"22021", "22P05"})
 """PostgreSQL's text holds every character but U+0000."""
-AWAY_SQLSTATES: Final = ("08", "53", "57P")
-"""PostgreSQL is restarting, gone, or out of connections: what was asked can be asked again."""
 NESTING_SQLSTATE: Final = "54001"
 
 _MISSING: Final = re.compile(r"Object missing required field `(.+)`")
@@ -149,11 +147,9 @@ def as_error(request: Request[Any, Any, Any], raised: Exception) -> EverrunsErro
             return _BY_STATUS[raised.status_code]()
         case RecursionError():
             return MalformedBody("The request body is nested too deeply")
-        case ConnectionError() | TimeoutError() | asyncpg.InterfaceError():
+        case _ if is_away(raised):
             return DependencyUnavailable()
-        case _ if (state := getattr(raised, "sqlstate", None)) is not None and state.startswith(AWAY_SQLSTATES):
-            return DependencyUnavailable()
-        case _ if state in NUL_SQLSTATES:
+        case _ if (state := getattr(raised, "sqlstate", None)) in NUL_SQLSTATES:
             return InvalidInput("Text must not contain the character U+0000")
         case _ if state == NESTING_SQLSTATE:
             return MalformedBody("The request body is nested too deeply")
