@@ -44,7 +44,7 @@ _OPEN_TEXT: Final[dict[str, str]] = {
 }
 
 _COLUMNS: Final = """call_id, turn_id, iteration, ordinal, name, display_name, arguments, kind, side_effect, concurrency_class,
-    timeout_seconds, status, outcome, attempt, starts"""
+    timeout_seconds, status, outcome, attempt, starts, worker"""
 _READ_CALL: Final = f"SELECT {_COLUMNS} FROM tool_calls WHERE session_id = $1 AND call_id = $2"  # noqa: S608
 _OPEN_CALLS: Final = f"""SELECT {_COLUMNS} FROM tool_calls WHERE session_id = $1 AND status <> 'settled'
     ORDER BY requested_at, ordinal"""  # noqa: S608
@@ -72,6 +72,7 @@ class CallRow(Struct, frozen=True, kw_only=True):
     outcome: str | None
     attempt: int
     starts: int
+    worker: str | None
     iteration: int
 
     def ref(self) -> CallRef:
@@ -96,6 +97,7 @@ def _call_row(row: asyncpg.Record) -> CallRow:
         outcome=row["outcome"],
         attempt=row["attempt"],
         starts=row["starts"],
+        worker=row["worker"],
         iteration=row["iteration"],
     )
 

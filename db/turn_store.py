@@ -266,7 +266,11 @@ class TurnStore:
                 raise StepFenced
             if row.status == "settled":
                 return ActResult(waiting=state.status == "waiting_for_tool_results")
-            if row.attempt >= ref.attempt and row.status == "running":
+            claim = ToolClaim(call=row.call, config=turn.config, side_effect=row.side_effect, timezone=turn.timezone)
+            if row.status == "running" and (row.attempt, row.worker) == (ref.attempt, ref.worker):
+                # Claimed already, by this very attempt: the answer to its commit was lost, and nothing has run yet.
+                return claim
+            if row.status == "running" and row.attempt >= ref.attempt:
                 raise StepFenced
             if row.status == "running" and row.side_effect is SideEffect.AT_MOST_ONCE:
                 unknown = ToolSettlement(status="error", error=OUTCOME_UNKNOWN)
@@ -275,7 +279,7 @@ class TurnStore:
             if row.starts >= LOST_ATTEMPTS_BEFORE_SEAL:
                 raise NoProgress
             await tool_ledger.start_call(work, turn, row, attempt=ref.attempt, worker=ref.worker)
-        return ToolClaim(call=row.call, config=turn.config, side_effect=row.side_effect, timezone=turn.timezone)
+        return claim
 
     async def settle_call(self, ref: StepRef, call_id: str, settlement: ToolSettlement) -> ActResult:
         async with self._log.transaction(ref.session_id) as work:
