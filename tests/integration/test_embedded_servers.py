@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import asyncpg
@@ -29,6 +29,7 @@ from infra.embedded_postgres import EmbeddedPostgres, EmbeddedPostgresError, fin
 from infra.settings import load_settings
 from infra.temporal_client import TemporalConnectionError, connect_temporal, ensure_search_attributes
 from infra.temporal_server import TemporalDevServer, TemporalServerError
+from tests.processes import descendants, eventually, is_alive
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYWORD = IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD
@@ -36,32 +37,6 @@ LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks i
 
 
 # --- Helpers --------------------------------------------------------------------------------------------------------
-
-
-async def eventually(condition: Callable[[], bool], *, deadline_seconds: float, what: str) -> float:
-    """How long it took; the condition is about other processes, which send no notice."""
-    started = time.monotonic()
-    while not condition():
-        if time.monotonic() - started > deadline_seconds:
-            pytest.fail(f"not within {deadline_seconds} s: {what}")
-        await asyncio.sleep(0.01)
-    return time.monotonic() - started
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        # A zombie has ended; nobody has asked for its exit code yet.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def descendants(pid: int) -> set[int]:
-    found: set[int] = set()
-    with contextlib.suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            found |= {int(child)} | descendants(int(child))
-    return found
 
 
 def open_directory() -> Path:
