@@ -157,10 +157,6 @@ def step_context(turn: TurnRow, exec_id: str, *, parent: str | None = None) -> E
     )
 
 
-def delta_context(ref: StepRef) -> EventContext:
-    return EventContext(turn_id=ref.turn_id, exec_id=ref.exec_id)
-
-
 def step_key(ref: StepRef) -> UUID:
     return parse_id(Prefix.EXEC, ref.exec_id)
 

@@ -53,9 +53,6 @@ class ToolContext(Protocol):
         ...
 
 
-ToolFunction = Callable[[ToolContext, Struct], Awaitable[object]]
-
-
 class Tool(Struct, frozen=True, kw_only=True):
     """A server-side tool. `arguments` is the Struct its calls are decoded into; the function's result must be JSON-able."""
 

@@ -36,7 +36,6 @@ class Prefix(StrEnum):
     PRINCIPAL = "principal"
     WORKSPACE = "wsp"
     USER = "user"
-    CALL = "call"
 
 
 DEFAULT_ORG_ID: Final = 1

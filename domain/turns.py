@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from msgspec import Struct
 
 from domain.config import TurnConfig
-from domain.events import EventPayload, NewEvent, StoredEvent, TokenUsage
+from domain.events import EventPayload, NewEvent, TokenUsage
 from domain.messages import ContentPart, Controls, Delivery, InputPart, Message
 from domain.model import ModelErrorKind
 from domain.tools import SideEffect, ToolCall, ToolDefinition
@@ -264,9 +264,3 @@ class MessageRecorder(Protocol):
     ) -> None:
         """Store a message brought by a Temporal signal. Raises `SessionGone`."""
         ...
-
-
-class LogReader(Protocol):
-    async def read(
-        self, session_id: str, *, after_sequence: int, limit: int, types: Sequence[str] | None = None
-    ) -> list[StoredEvent]: ...

@@ -511,15 +511,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             meaning="The task queue of step activities; a queue of its own lets steps scale apart, for a hop more per step.",
         ),
     ]
-    temporal_ui_url: Annotated[
-        str | None,
-        About(
-            name="TEMPORAL_UI_URL",
-            group="Temporal",
-            kind=WEB_URL,
-            meaning="The Temporal Web UI, for links to a session's workflow.",
-        ),
-    ]
     worker_max_concurrent_steps: Annotated[
         int,
         About(

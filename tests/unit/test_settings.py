@@ -101,7 +101,7 @@ def test_every_source_kind_is_told_apart() -> None:
     assert kinds["DEV_MODE"] == "environment"
     assert kinds["API_PREFIX"] == "default"
     assert kinds["DEPLOYMENT_GRADE"] == "derived"
-    assert kinds["TEMPORAL_UI_URL"] == "unset"
+    assert kinds["TEMPORAL_API_KEY"] == "unset"
     assert kinds["SSE_GLOBAL_MAX"] == "invalid"
 
 
