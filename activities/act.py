@@ -24,6 +24,8 @@ class ActActivity:
         """Run one tool call. The mirror claims and settles it; its result is an `ActResult`."""
         step = call_step()
         claim = step.claim
+        if claim.problem is not None:
+            return ToolSettlement(status="error", error=claim.problem)
         resolved = self._capabilities.resolve(claim.config.capabilities)
         tool = resolved.tool(claim.call.name)
         if tool is None:

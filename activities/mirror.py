@@ -66,6 +66,9 @@ CANCELLED_OUTCOME_UNKNOWN: Final = (
 HAND_OVER_DELAY: Final = timedelta(milliseconds=50)
 """Time for the leaving worker's polls to end: a step that is offered again at once might be offered to them."""
 
+AT_ONCE: Final = timedelta(milliseconds=1)
+"""Temporal takes no delay at all for a delay that was not given."""
+
 log = structlog.get_logger(__name__)
 
 Body = Callable[[], Awaitable[object]]
@@ -141,25 +144,33 @@ class _MirroredActivity(ActivityInboundInterceptor):
         self, ref: StepRef, briefing: ReasonBriefing, error: ModelError, started: float
     ) -> ApplicationError:
         delay = retry_delay_seconds(error, ref.attempt)
-        log.warning("model call failed", kind=error.kind.value, error=error.message, retry_in_seconds=delay)
-        failures = await self._state.fail_reason(
+        verdict = await self._state.fail_reason(
             ref,
             ReasonFailure(
                 kind=error.kind,
                 error=error.message,
-                model=briefing.model.name if briefing.model else "",
-                provider_type=briefing.model.provider_type if briefing.model else "",
+                model=briefing.model,
                 duration_ms=round((time.monotonic() - started) * 1000),
                 retry_in_ms=round(delay * 1000) if error.retryable else 0,
+                fields=error.fields,
             ),
+        )
+        log.warning(
+            "model call failed",
+            model=briefing.model and briefing.model.name,
+            kind=error.kind.value,
+            error=error.message,
+            retry=verdict.retry,
+            fallback=verdict.fallback,
+            retry_in_seconds=delay if verdict.retry else None,
         )
         return ApplicationError(
             # Only the class of the failure: histories hold no provider text.
             f"model call failed: {error.kind.value}",
             type=contract.MODEL_FAILED,
-            # Counted by us: Temporal's count holds hand-overs and lost workers too.
-            non_retryable=not error.retryable or failures >= contract.MODEL_ATTEMPTS,
-            next_retry_delay=timedelta(seconds=delay),
+            # Decided by us: Temporal's count holds hand-overs and lost workers too.
+            non_retryable=not verdict.retry,
+            next_retry_delay=AT_ONCE if verdict.fallback else timedelta(seconds=delay),
         )
 
     async def _call(self, input: ActInput, ref: StepRef, body: Body) -> ActResult:

@@ -5,35 +5,53 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import structlog
 from temporalio import activity
 
+from activities.capabilities.assembly import offered_tools, planned, prompt, prompt_cache_wanted
 from activities.capabilities.registry import CapabilityRegistry, ResolvedCapabilities
 from activities.delta_writer import DeltaWriter
-from activities.step import reason_step
-from domain.clock import now_timestamp
-from domain.messages import Message, Role, TextPart
+from activities.step import ReasonStep, reason_step
 from domain.model import (
+    Alive,
+    Began,
     Finished,
     ModelDriver,
     ModelError,
     ModelErrorKind,
     ModelRequest,
+    ProviderState,
+    ResponseStopper,
+    ResumePoint,
+    StreamEvent,
     TextDelta,
     ThinkingDelta,
     ToolCallReady,
 )
-from domain.tools import ClientSideTool, SideEffect, ToolCall, ToolDefinition
-from domain.turns import PlannedCall, ReasonBriefing, ReasonInput, ReasonOutcome, TurnState
+from domain.model_profiles import with_cost
+from domain.token_estimate import prompt_tokens
+from domain.turns import (
+    ArrivedAnswer,
+    PlannedCall,
+    ReasonBriefing,
+    ReasonInput,
+    ReasonOutcome,
+    ResolvedModel,
+    TurnState,
+)
 from workflows import contract
 
 STALL_SECONDS: Final = 120.0
 """Longest silence of a model in the middle of a call; reasoning models may think for a minute without a byte."""
 
-UNKNOWN_TOOL_TIMEOUT_SECONDS: Final = 10.0
+STOP_SECONDS: Final = 5.0
+"""For telling a provider that a generation is not wanted any more."""
+
+STOPPED_BY_FILTER: Final = "The AI provider's content filter stopped this answer."
+REFUSED: Final = "The model refused to answer."
 
 log = structlog.get_logger(__name__)
 
@@ -43,13 +61,13 @@ class ReasonActivity:
         self,
         state: TurnState,
         capabilities: CapabilityRegistry,
-        driver_for: Callable[[str], ModelDriver],
+        load_driver: Callable[[str], Awaitable[ModelDriver]],
         *,
         stall_seconds: float = STALL_SECONDS,
     ) -> None:
         self._state = state
         self._capabilities = capabilities
-        self._driver_for = driver_for
+        self._load_driver = load_driver
         self._stall_seconds = stall_seconds
 
     @activity.defn(name=contract.REASON)
@@ -57,106 +75,173 @@ class ReasonActivity:
         """Call the model and stream what it says. The mirror opens and closes the step; its result is a `ReasonResult`."""
         step = reason_step()
         briefing = step.briefing
+        if briefing.problem is not None:
+            problem = briefing.problem
+            raise ModelError(problem.kind, problem.message, retry_after_seconds=problem.retry_after_seconds)
         if briefing.model is None:
             raise ModelError(ModelErrorKind.NOT_CONFIGURED, "no enabled model is chosen and there is no default")
         resolved = self._capabilities.resolve(briefing.config.capabilities)
         if resolved.missing:
             log.warning("capabilities skipped", missing=list(resolved.missing))
-        tools = offered_tools(briefing, resolved)
-        request = ModelRequest(
-            model=briefing.model.name,
-            messages=prompt(briefing, resolved),
-            tools=tools,
-            session_id=step.ref.session_id,
-            idempotency_key=step.ref.exec_id,
-            attempt=step.ref.attempt,
-            reasoning_effort=briefing.reasoning_effort,
-            parallel_tool_calls=briefing.config.parallel_tool_calls,
-            options=briefing.model.options,
-        )
-        driver = self._driver_for(briefing.model.provider_type)
-        calls: list[ToolCall] = []
-        finished: Finished | None = None
-        first_token_ms: int | None = None
-        started = time.monotonic()
-        async with DeltaWriter(self._state, step.ref, briefing.message_id, briefing.model.name) as writer:
-            try:
-                async with (
-                    asyncio.timeout(self._stall_seconds) as stall,
-                    contextlib.aclosing(driver.stream(request)) as stream,  # type: ignore[type-var]  # a generator
-                ):
-                    async for event in stream:
-                        now = time.monotonic()
-                        stall.reschedule(asyncio.get_running_loop().time() + self._stall_seconds)
-                        if first_token_ms is None:
-                            first_token_ms = round((now - started) * 1000)
-                        match event:
-                            case TextDelta():
-                                writer.add_text(event.text)
-                            case ThinkingDelta():
-                                writer.add_thinking(event.text)
-                            case ToolCallReady():
-                                calls.append(event.call)
-                            case Finished():
-                                finished = event
-            except TimeoutError as error:
-                raise ModelError(ModelErrorKind.TIMEOUT, f"no byte for {self._stall_seconds:.0f} s") from error
-            if finished is None:
-                raise ModelError(ModelErrorKind.STREAM_CUT, "the stream ended without its terminal event")
-        return ReasonOutcome(
-            model=briefing.model,
-            prompt=request.messages,
-            offered_tools=tools,
-            text=writer.text,
-            thinking=writer.thinking,
-            calls=[planned(call, resolved, briefing) for call in calls],
-            usage=finished.usage,
-            finish_reason=finished.reason,
-            duration_ms=round((time.monotonic() - started) * 1000),
-            time_to_first_token_ms=first_token_ms,
-            response_id=finished.response_id,
-        )
+        request = model_request(step, briefing.model, resolved)
+        if briefing.answer is not None:
+            # The whole answer arrived before the worker was lost: only its end was left to write.
+            return outcome(briefing.model, request, briefing.partial_text, briefing.answer)
+        driver = await self._load_driver(briefing.model.provider_type)
+        call = _Call(driver, request, briefing, resolved)
+        async with DeltaWriter(
+            self._state,
+            step.ref,
+            briefing.message_id,
+            briefing.model,
+            text=briefing.partial_text,
+            thinking=briefing.partial_thinking,
+        ) as writer:
+            answer = await call.run(writer, self._stall_seconds)
+            writer.arrived(answer)
+        return outcome(briefing.model, request, writer.text, answer)
 
 
-def prompt(briefing: ReasonBriefing, resolved: ResolvedCapabilities) -> list[Message]:
-    """System message (configured prompt, then capabilities in their order) and history."""
-    text = "\n\n".join(part for part in (briefing.config.system_prompt, resolved.prompt) if part)
-    if not text:
-        return briefing.history
-    system = Message(id="", role=Role.SYSTEM, content=[TextPart(text=text)], created_at=now_timestamp())
-    return [system, *briefing.history]
-
-
-def offered_tools(briefing: ReasonBriefing, resolved: ResolvedCapabilities) -> list[ToolDefinition]:
-    """Server-side tools first and in a stable order, which keeps provider caches warm; a name is offered once."""
-    offered: dict[str, ToolDefinition] = {tool.tool.name: tool.definition for tool in resolved.tools}
-    for tool in briefing.config.tools:
-        if isinstance(tool, ClientSideTool):
-            offered.setdefault(tool.name, tool)
-    return list(offered.values())
-
-
-def planned(call: ToolCall, resolved: ResolvedCapabilities, briefing: ReasonBriefing) -> PlannedCall:
-    """What the ledger must know about a call. A call of a tool nobody offered is run too: its result says so."""
-    tool = resolved.tool(call.name)
-    if tool is not None:
-        return PlannedCall(
-            call=call,
-            kind="server",
-            side_effect=tool.tool.side_effect,
-            timeout_seconds=tool.tool.timeout_seconds,
-            concurrency_class=tool.tool.concurrency_class,
-            display_name=tool.tool.display_name,
-        )
-    client = _client_tool(briefing.config.tools, call.name)
-    return PlannedCall(
-        call=call,
-        kind="server" if client is None else "client",
-        side_effect=SideEffect.PURE if client is None else SideEffect.AT_MOST_ONCE,
-        timeout_seconds=UNKNOWN_TOOL_TIMEOUT_SECONDS,
-        display_name=client and client.display_name,
+def model_request(step: ReasonStep, model: ResolvedModel, resolved: ResolvedCapabilities) -> ModelRequest:
+    briefing, controls = step.briefing, step.briefing.controls
+    return ModelRequest(
+        model=model.name,
+        messages=prompt(briefing.config, resolved, briefing.history),
+        tools=offered_tools(briefing.config, resolved),
+        session_id=step.ref.session_id,
+        idempotency_key=step.ref.exec_id,
+        endpoint=model.endpoint,
+        attempt=step.ref.attempt,
+        profile=model.profile,
+        reasoning_effort=controls.reasoning and controls.reasoning.effort,
+        verbosity=controls.verbosity,
+        speed=controls.speed,
+        response_format=controls.response_format,
+        parallel_tool_calls=briefing.config.parallel_tool_calls,
+        prompt_cache=prompt_cache_wanted(resolved),
+        options=model.options,
+        states=briefing.states,
+        resume=briefing.resume,
     )
 
 
-def _client_tool(tools: Sequence[ToolDefinition], name: str) -> ClientSideTool | None:
-    return next((tool for tool in tools if isinstance(tool, ClientSideTool) and tool.name == name), None)
+def outcome(model: ResolvedModel, request: ModelRequest, text: str, answer: ArrivedAnswer) -> ReasonOutcome:
+    return ReasonOutcome(
+        model=model,
+        prompt=request.messages,
+        offered_tools=request.tools,
+        text=text,
+        answer=answer,
+        estimated_prompt_tokens=prompt_tokens(request.messages, request.tools),
+    )
+
+
+class _Call:
+    """One call of a driver, from its first event to its terminal one."""
+
+    def __init__(
+        self, driver: ModelDriver, request: ModelRequest, briefing: ReasonBriefing, resolved: ResolvedCapabilities
+    ) -> None:
+        self._driver = driver
+        self._request = request
+        self._briefing = briefing
+        self._resolved = resolved
+        self._calls: list[PlannedCall] = []
+        self._running: str | None = request.resume and request.resume.response_id
+        """The response that goes on at the provider without us, if any."""
+        self._first_token_ms: int | None = None
+        self._started = time.monotonic()
+
+    async def run(self, writer: DeltaWriter, stall_seconds: float) -> ArrivedAnswer:
+        """Raises `ModelError`."""
+        if self._request.resume is not None:
+            # This attempt's own note: the next one must find the cursor even if nothing more arrives.
+            await writer.began(self._request.resume.response_id, self._request.resume.cursor)
+        finished: Finished | None = None
+        try:
+            async with (
+                asyncio.timeout(stall_seconds) as stall,
+                contextlib.aclosing(self._driver.stream(self._request)) as stream,  # type: ignore[type-var]  # a generator
+            ):
+                async for event in stream:
+                    stall.reschedule(asyncio.get_running_loop().time() + stall_seconds)
+                    finished = await self._take(event, writer) or finished
+        except TimeoutError as error:
+            await self._stop_generation()
+            raise ModelError(ModelErrorKind.TIMEOUT, f"nothing came for {stall_seconds:.0f} s") from error
+        except asyncio.CancelledError:
+            details = activity.cancellation_details()
+            if details is not None and details.cancel_requested:
+                # Asked for by a person. A worker that only leaves lets the generation run: the next one resumes it.
+                await asyncio.shield(self._stop_generation())
+            raise
+        if finished is None:
+            raise ModelError(ModelErrorKind.STREAM_CUT, "the stream ended without its terminal event")
+        return self._answer(finished, writer)
+
+    async def _take(self, event: StreamEvent, writer: DeltaWriter) -> Finished | None:
+        match event:
+            case Began(response_id=response_id, resumable=resumable):
+                await self._begin(response_id, resumable, writer)
+            case TextDelta():
+                self._note_first_token()
+                writer.add_text(event.text, event.cursor)
+            case ThinkingDelta():
+                self._note_first_token()
+                writer.add_thinking(event.text, event.cursor)
+            case ToolCallReady():
+                self._note_first_token()
+                self._calls.append(planned(event.call, self._resolved, self._briefing.config, problem=event.problem))
+            case Alive():
+                pass
+            case Finished():
+                return event
+        return None
+
+    async def _begin(self, response_id: str, resumable: bool, writer: DeltaWriter) -> None:
+        resume: ResumePoint | None = self._request.resume
+        if resume is not None and resume.response_id == response_id:
+            return
+        if resume is not None:
+            await writer.restart()
+        self._running = response_id if resumable else None
+        if resumable:
+            await writer.began(response_id, 0)
+
+    def _note_first_token(self) -> None:
+        if self._first_token_ms is None:
+            self._first_token_ms = round((time.monotonic() - self._started) * 1000)
+
+    async def _stop_generation(self) -> None:
+        if self._running is None or not isinstance(self._driver, ResponseStopper):
+            return
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await self._driver.stop(self._request.endpoint, self._running)
+        except Exception as error:
+            log.warning("a generation could not be stopped at its provider", error=type(error).__name__)
+
+    def _answer(self, finished: Finished, writer: DeltaWriter) -> ArrivedAnswer:
+        if not writer.text and not self._calls and finished.reason in ("content_filter", "refusal"):
+            writer.add_text(STOPPED_BY_FILTER if finished.reason == "content_filter" else REFUSED)
+        endpoint = self._request.endpoint
+        state = ProviderState(
+            provider_public_id=endpoint.provider_public_id,
+            driver=self._driver.name,
+            model=self._request.model,
+            items=finished.state,
+        )
+        return ArrivedAnswer(
+            finish_reason=finished.reason,
+            usage=with_cost(finished.usage, self._request.profile),
+            text_length=len(writer.text),
+            duration_ms=round((time.monotonic() - self._started) * 1000),
+            thinking=writer.thinking,
+            calls=self._calls,
+            time_to_first_token_ms=self._first_token_ms,
+            response_id=finished.response_id,
+            phase=finished.phase,
+            state=state if finished.state else None,
+            reasoning_items=finished.reasoning_items,
+            dropped_options=finished.dropped_options,
+        )

@@ -37,6 +37,7 @@ class AgentFile(Struct, frozen=True, kw_only=True, omit_defaults=True):
     harness_id: str | None = None
     harness_name: str | None = None
     default_model_id: str | None = None
+    fallback_model_ids: list[str] = []
     max_iterations: int | None = None
     parallel_tool_calls: bool | None = None
     tags: list[str] = []

@@ -44,6 +44,7 @@ class _AgentFields(LayerRequest, frozen=True, kw_only=True):
     display_name: str | UnsetType | None = UNSET
     description: str | UnsetType | None = UNSET
     default_model_id: str | UnsetType | None = UNSET
+    fallback_model_ids: list[str] | UnsetType | None = UNSET
     harness_id: str | UnsetType | None = UNSET
     harness_name: str | UnsetType | None = UNSET
     tools: list[ToolInput] | UnsetType | None = UNSET
@@ -89,6 +90,7 @@ def changes_of(services: Services, data: CreateAgent | UpdateAgent) -> AgentChan
         description=data.description,
         system_prompt=present(data.system_prompt),
         default_model_id=data.default_model_id,
+        fallback_model_ids=present(data.fallback_model_ids),
         harness_id=present(data.harness_id),
         harness_name=present(data.harness_name),
         capabilities=capabilities,
@@ -114,6 +116,7 @@ def changes_of_file(services: Services, file: AgentFile) -> AgentChanges:
         description=file.description,
         system_prompt=file.system_prompt or "",
         default_model_id=file.default_model_id,
+        fallback_model_ids=file.fallback_model_ids,
         harness_id=present(file.harness_id),
         harness_name=present(file.harness_name),
         capabilities=capabilities,

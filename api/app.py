@@ -10,7 +10,18 @@ from litestar.di import NamedDependency, Provide
 from litestar.types import ControllerRouterHandler
 from msgspec import Struct
 
-from api import agents, capabilities, events, harnesses, messages, models, organizations, sessions
+from api import (
+    agents,
+    capabilities,
+    durable,
+    events,
+    harnesses,
+    messages,
+    models,
+    organizations,
+    providers,
+    sessions,
+)
 from api.caller import CHANGE_REASON, check_caller
 from api.documentation import openapi_config, static_files
 from api.edge import REQUEST_ID, Edge
@@ -22,13 +33,14 @@ from infra.settings import Settings
 ROUTERS = (
     agents.router,
     capabilities.router,
+    durable.router,
     events.router,
     harnesses.router,
     harnesses.list_harness_examples,
     messages.router,
-    models.models_router,
-    models.providers_router,
+    models.router,
     organizations.router,
+    providers.router,
     sessions.router,
 )
 

@@ -27,6 +27,7 @@ class CreateHarness(LayerRequest, frozen=True, kw_only=True):
     display_name: str | None = None
     description: str | None = None
     default_model_id: str | None = None
+    fallback_model_ids: list[str] | None = None
     parent_harness_id: str | None = None
     embedder_metadata: dict[str, str] | None = None
 
@@ -38,6 +39,7 @@ class UpdateHarness(LayerRequest, frozen=True, kw_only=True):
     display_name: str | UnsetType | None = UNSET
     description: str | UnsetType | None = UNSET
     default_model_id: str | UnsetType | None = UNSET
+    fallback_model_ids: list[str] | UnsetType | None = UNSET
     parent_harness_id: str | UnsetType | None = UNSET
     embedder_metadata: dict[str, str] | UnsetType | None = UNSET
     status: Lifecycle | UnsetType | None = UNSET
@@ -71,6 +73,7 @@ def changes_of(services: Services, data: CreateHarness | UpdateHarness) -> Harne
         description=data.description,
         system_prompt=None if isinstance(prompt, str) and not prompt.strip() else prompt,
         default_model_id=data.default_model_id,
+        fallback_model_ids=present(data.fallback_model_ids),
         parent_harness_id=data.parent_harness_id,
         embedder_metadata=data.embedder_metadata,
         capabilities=capabilities,

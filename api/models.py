@@ -1,8 +1,8 @@
-"""`/v1/models` and `/v1/providers`."""
+"""`/v1/models`."""
 
 from __future__ import annotations
 
-from litestar import Router, delete, get, patch, post
+from litestar import Router, delete, get, patch
 from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
 from msgspec import UNSET, Struct, UnsetType
@@ -12,23 +12,13 @@ from api.problems import AllowedAction, declared
 from api.requests import present
 from api.services import Services
 from db import models
-from domain.resources import Model, ModelChanges, ModelSource, ModelWithProvider, Provider
-
-
-class CreateModel(Struct, frozen=True, kw_only=True):
-    """`options` belong to the provider's driver; llmsim takes `{"script": {…}}`."""
-
-    model_id: str
-    display_name: str
-    capabilities: list[str] = []
-    enabled: bool = True
-    is_favorite: bool = False
-    options: dict[str, object] = {}
+from domain.resources import Model, ModelChanges, ModelSource, ModelWithProvider
 
 
 class UpdateModel(Struct, frozen=True, kw_only=True):
-    """Absent and null fields stay as they are."""
+    """Absent and null fields stay as they are. `provider_id` moves the model to another provider."""
 
+    provider_id: str | UnsetType | None = UNSET
     model_id: str | UnsetType | None = UNSET
     display_name: str | UnsetType | None = UNSET
     capabilities: list[str] | UnsetType | None = UNSET
@@ -47,10 +37,6 @@ class ModelWithProviderView(ModelWithProvider, frozen=True, kw_only=True, omit_d
     allowed_actions: list[AllowedAction]
 
 
-class ProviderView(Provider, frozen=True, kw_only=True, omit_defaults=True):
-    self_url: str
-
-
 class ModelList(Struct, frozen=True, kw_only=True):
     data: list[ModelView]
     total: int
@@ -58,11 +44,6 @@ class ModelList(Struct, frozen=True, kw_only=True):
 
 class ModelWithProviderList(Struct, frozen=True, kw_only=True):
     data: list[ModelWithProviderView]
-    total: int
-
-
-class ProviderList(Struct, frozen=True, kw_only=True):
-    data: list[ProviderView]
     total: int
 
 
@@ -86,18 +67,20 @@ def model_with_provider_view(services: Services, model: ModelWithProvider) -> Mo
     return view(ModelWithProviderView, model, self_url=url, allowed_actions=allowed)
 
 
-def provider_view(services: Services, provider: Provider) -> ProviderView:
-    return view(ProviderView, provider, self_url=self_url(services, f"providers/{provider.id}"))
-
-
 @get("/", operation_id="list_all_models", summary="List models", responses=declared())
 async def list_models(
     services: NamedDependency[Services],
     source: FromQuery[ModelSource | None] = None,
     favorites_only: FromQuery[bool] = False,
+    include_stale: FromQuery[bool] = True,
 ) -> ModelWithProviderList:
-    """The models of every provider."""
-    found = await models.list_models(source=source, favorites_only=favorites_only)
+    """The models of every provider. Stale ones came from a provider's list that does not name them any more."""
+    found = await models.list_models(
+        keyed_types=services.settings.default_keys,
+        source=source,
+        favorites_only=favorites_only,
+        include_stale=include_stale,
+    )
     return ModelWithProviderList(data=[model_with_provider_view(services, model) for model in found], total=len(found))
 
 
@@ -109,8 +92,9 @@ async def model_config() -> ConfigView:
 
 @get("/{model_id:str}", operation_id="get_model", summary="Get a model", responses=declared())
 async def get_model(services: NamedDependency[Services], model_id: FromPath[str]) -> ModelWithProviderView:
-    """With its provider and whether it can be used."""
-    return model_with_provider_view(services, await models.get_model(model_id))
+    """With its provider, its profile, and whether it can be used."""
+    found = await models.get_model(model_id, keyed_types=services.settings.default_keys)
+    return model_with_provider_view(services, found)
 
 
 @patch("/{model_id:str}", operation_id="update_model", summary="Update a model", responses=declared(409, 413))
@@ -118,18 +102,28 @@ async def update_model(
     services: NamedDependency[Services], model_id: FromPath[str], data: JSONBody[UpdateModel]
 ) -> ModelView:
     """A disabled model is not selectable any more; sessions that name it have no model until they name another."""
-    options = present(data.options)
-    if options is not UNSET:
-        services.check_model_options((await models.get_model(model_id)).provider_type, options)
     changes = ModelChanges(
+        provider_id=present(data.provider_id),
         model_id=present(data.model_id),
         display_name=present(data.display_name),
         capabilities=present(data.capabilities),
         enabled=present(data.enabled),
         is_favorite=present(data.is_favorite),
-        options=options,
+        options=present(data.options),
     )
+    changes.check()
+    if changes.options is not UNSET or changes.provider_id is not UNSET:
+        await _check_options(services, model_id, changes)
     return model_view(services, await models.update_model(model_id, changes))
+
+
+async def _check_options(services: Services, model_id: str, changes: ModelChanges) -> None:
+    """The options that the model would have, for the driver that it would have."""
+    model = await models.get_model(model_id, keyed_types=())
+    provider_type = model.provider_type
+    if changes.provider_id is not UNSET:
+        provider_type = (await models.target_provider(changes.provider_id)).provider_type
+    services.check_model_options(provider_type, model.options if changes.options is UNSET else changes.options)
 
 
 @delete("/{model_id:str}", operation_id="delete_model", summary="Delete a model", responses=declared())
@@ -138,67 +132,8 @@ async def delete_model(model_id: FromPath[str]) -> None:
     await models.delete_model(model_id)
 
 
-@get("/", operation_id="list_providers", summary="List providers", responses=declared())
-async def list_providers(services: NamedDependency[Services]) -> ProviderList:
-    """Where models run."""
-    found = await models.list_providers()
-    return ProviderList(data=[provider_view(services, provider) for provider in found], total=len(found))
-
-
-@get("/config", operation_id="provider_config", summary="Provider policies", responses=declared())
-async def provider_config() -> ConfigView:
-    """What the caller may do with providers."""
-    return resource_config("providers")
-
-
-@get("/{provider_id:str}", operation_id="get_provider", summary="Get a provider", responses=declared())
-async def get_provider(services: NamedDependency[Services], provider_id: FromPath[str]) -> ProviderView:
-    """Keys are never shown."""
-    return provider_view(services, await models.get_provider(provider_id))
-
-
-@get(
-    "/{provider_id:str}/models",
-    operation_id="list_provider_models",
-    summary="List a provider's models",
-    responses=declared(),
-)
-async def list_provider_models(services: NamedDependency[Services], provider_id: FromPath[str]) -> ModelList:
-    """In the order they were added."""
-    found = await models.list_provider_models(provider_id)
-    return ModelList(data=[model_view(services, model) for model in found], total=len(found))
-
-
-@post(
-    "/{provider_id:str}/models",
-    operation_id="create_model",
-    summary="Add a model to a provider",
-    responses=declared(409, 413),
-)
-async def create_model(
-    services: NamedDependency[Services], provider_id: FromPath[str], data: JSONBody[CreateModel]
-) -> ModelView:
-    """`model_id` is the provider's name for the model and unique among its models."""
-    provider = await models.get_provider(provider_id)
-    services.check_model_options(provider.provider_type, data.options)
-    changes = ModelChanges(
-        model_id=data.model_id,
-        display_name=data.display_name,
-        capabilities=data.capabilities,
-        enabled=data.enabled,
-        is_favorite=data.is_favorite,
-        options=data.options,
-    )
-    return model_view(services, await models.create_model(provider_id, changes))
-
-
-models_router = Router(
+router = Router(
     "/models",
     tags=["Models"],
     route_handlers=[list_models, model_config, get_model, update_model, delete_model],
-)
-providers_router = Router(
-    "/providers",
-    tags=["Providers"],
-    route_handlers=[list_providers, provider_config, get_provider, list_provider_models, create_model],
 )

@@ -92,6 +92,7 @@ _ACTIONS: Final[dict[str, AllowedAction]] = {
     "too_many_running": AllowedAction(rel="retry-later"),
     "sse_limit": AllowedAction(rel="retry-later"),
     "dependency_unavailable": AllowedAction(rel="retry-later"),
+    "provider_unavailable": AllowedAction(rel="retry-later"),
 }
 
 

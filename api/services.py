@@ -10,7 +10,8 @@ from api.streams import StreamHub
 from db.database import Database
 from db.event_log import EventLog
 from db.messages import MessageStore
-from domain.ports import MessageMetadataCheck, ModelOptionsCheck, TurnGateway
+from domain.ports import MessageMetadataCheck, ModelDiscovery, ModelOptionsCheck, TurnGateway
+from infra.encryption import Keyring
 from infra.settings import Settings
 
 
@@ -24,6 +25,8 @@ class Services:
     messages: MessageStore
     streams: StreamHub
     background: BackgroundTasks
+    keyring: Keyring
+    discover_models: ModelDiscovery
     check_model_options: ModelOptionsCheck
     check_message_metadata: MessageMetadataCheck
     version: str

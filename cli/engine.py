@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
+import asyncpg
 import structlog
 from msgspec import Struct
 from temporalio.api.enums.v1 import IndexedValueType
@@ -18,8 +19,9 @@ from temporalio.client import Client
 from activities.act import ActActivity
 from activities.bookkeeping import BookkeepingActivities
 from activities.capabilities.registry import builtin_registry
-from activities.llm import driver_for
+from activities.llm import load_driver
 from activities.llm.llmsim import parse_script
+from activities.llm.options import parse_options
 from activities.mirror import EventMirror
 from activities.reason import ReasonActivity
 from api.app import create_app
@@ -28,10 +30,16 @@ from api.reconciler import Reconciler
 from api.services import Services
 from api.streams import StreamHub, StreamLimits, StreamTiming
 from db.database import Database
+from db.dev_models import choose_models
 from db.event_log import EventLog
 from db.messages import MessageStore
+from db.model_choice import ModelChooser
 from db.patient_state import PatientTurnState
+from db.providers import endpoint_of
 from db.turn_store import TurnStore
+from domain.model import DiscoveredModel, ModelEndpoint, ModelError, ModelErrorKind, ModelLister
+from domain.providers import PROVIDER_TYPES
+from infra.encryption import Keyring
 from infra.event_bus import EventBus
 from infra.http_server import HttpServer
 from infra.settings import Settings
@@ -45,6 +53,8 @@ SEARCH_ATTRIBUTE_TYPES: Final = {
     key.name: IndexedValueType.INDEXED_VALUE_TYPE_KEYWORD for key in contract.SEARCH_ATTRIBUTES
 }
 BACKGROUND_GRACE_SECONDS: Final = 3.0
+MODEL_LIST_SECONDS: Final = 30.0
+"""A person waits for the answer."""
 
 log = structlog.get_logger(__name__)
 
@@ -67,8 +77,13 @@ class Foundation(Struct, frozen=True, kw_only=True):
     database: Database
     bus: EventBus
     log: EventLog
+    keyring: Keyring
     temporal: Client
     search_attributes: bool
+
+
+def keyring_of(settings: Settings) -> Keyring:
+    return Keyring.of(settings.secrets_encryption_key, settings.secrets_encryption_key_previous)
 
 
 @contextlib.asynccontextmanager
@@ -83,6 +98,7 @@ async def foundation(settings: Settings) -> AsyncIterator[Foundation]:
             database=database,
             bus=bus,
             log=EventLog(database.pool, bus),
+            keyring=keyring_of(settings),
             temporal=temporal,
             search_attributes=await _search_attributes(temporal),
         )
@@ -98,11 +114,18 @@ async def _search_attributes(client: Client) -> bool:
     return True
 
 
+def model_chooser(base: Foundation) -> ModelChooser:
+    def endpoint(row: asyncpg.Record) -> ModelEndpoint:
+        return endpoint_of(row, base.keyring, base.settings.default_keys)
+
+    return ModelChooser(endpoint, system_model=base.settings.default_model)
+
+
 @contextlib.asynccontextmanager
 async def worker_role(base: Foundation) -> AsyncIterator[asyncio.Future[None]]:
     """Workers for turns and steps; the future fails when they do."""
     settings = base.settings
-    state = PatientTurnState(TurnStore(base.log))
+    state = PatientTurnState(TurnStore(base.log, model_chooser(base)))
     registry = builtin_registry()
     bookkeeping = BookkeepingActivities(state, MessageStore(base.log))
     options = WorkerOptions(
@@ -116,14 +139,32 @@ async def worker_role(base: Foundation) -> AsyncIterator[asyncio.Future[None]]:
         options,
         workflows=[Turn],
         activities=[
-            ReasonActivity(state, registry, driver_for, stall_seconds=settings.reason_stall_seconds).reason,
+            ReasonActivity(state, registry, load_driver, stall_seconds=settings.reason_stall_seconds).reason,
             ActActivity(state, registry).act,
             bookkeeping.finish,
             bookkeeping.record_message,
         ],
         interceptors=[EventMirror(state, worker=worker_name())],
     ) as failure:
-        yield failure
+        preloading = asyncio.create_task(_preload_drivers(base.database))
+        try:
+            yield failure
+        finally:
+            preloading.cancel()
+
+
+async def _preload_drivers(database: Database) -> None:
+    """What the first turn would otherwise wait seconds for: the SDKs of the providers that are in use."""
+    try:
+        rows = await database.pool.fetch(
+            """SELECT DISTINCT provider_type FROM providers p WHERE status = 'active'
+               AND EXISTS (SELECT FROM models m WHERE m.provider_id = p.id AND m.enabled)"""
+        )
+        for row in rows:
+            if row["provider_type"] in PROVIDER_TYPES:
+                await load_driver(row["provider_type"])
+    except Exception as error:
+        log.warning("drivers could not be loaded ahead of their first use", error=type(error).__name__)
 
 
 @contextlib.asynccontextmanager
@@ -169,6 +210,8 @@ async def server_role(base: Foundation, listener: socket.socket, *, eager: bool)
         messages=messages,
         streams=streams,
         background=background,
+        keyring=base.keyring,
+        discover_models=discover_models,
         check_model_options=check_model_options,
         check_message_metadata=check_message_metadata,
         version=package_version(),
@@ -192,8 +235,28 @@ async def server_role(base: Foundation, listener: socket.socket, *, eager: bool)
 
 
 def check_model_options(provider_type: str, options: Mapping[str, object]) -> None:
-    if provider_type == "llmsim" and "script" in options:
+    known = PROVIDER_TYPES.get(provider_type)
+    if known is None:
+        # Whoever brings the driver knows its options.
+        return
+    if known.driver != "llmsim":
+        parse_options(options, root="options")
+    elif "script" in options:
         parse_script(options["script"], root="options.script")
+
+
+async def discover_models(endpoint: ModelEndpoint) -> list[DiscoveredModel] | None:
+    known = PROVIDER_TYPES.get(endpoint.provider_type)
+    if known is None or not known.lists_models:
+        return None
+    driver = await load_driver(endpoint.provider_type)
+    if not isinstance(driver, ModelLister):
+        return None
+    try:
+        async with asyncio.timeout(MODEL_LIST_SECONDS):
+            return await driver.list_models(endpoint)
+    except TimeoutError:
+        raise ModelError(ModelErrorKind.TIMEOUT, f"no list of models within {MODEL_LIST_SECONDS:.0f} s") from None
 
 
 def check_message_metadata(metadata: Mapping[str, object]) -> None:
@@ -201,10 +264,6 @@ def check_message_metadata(metadata: Mapping[str, object]) -> None:
         parse_script(metadata["llmsim"])
 
 
-async def choose_dev_model(database: Database) -> None:
-    """In dev an organization without a default model answers through the simulated one, instead of with an error."""
-    await database.pool.execute(
-        """UPDATE organizations SET default_model_id =
-             (SELECT id FROM models WHERE org_id = organizations.id AND model_id = 'llmsim-model' ORDER BY created_at LIMIT 1)
-           WHERE default_model_id IS NULL"""
-    )
+async def choose_dev_model(database: Database, settings: Settings) -> None:
+    """In dev an organization without a default model answers through the simulated one, or the one a default key is for."""
+    await choose_models(database, settings.default_keys)

@@ -164,6 +164,59 @@ def check_log(
         sys.exit(1)
 
 
+secrets = App(
+    name="secrets",
+    help="Keys of the secrets in the database: make one, rotate, check.\n\nExample: everruns secrets generate-key",
+)
+app.command(secrets)
+
+
+@secrets.command(name="generate-key")
+def generate_key(*, id: str = "kek-v1") -> None:
+    """Print a new key, as a line for .env.
+
+    Example: everruns secrets generate-key --id kek-v2 >> .env
+
+    Parameters
+    ----------
+    id:
+        Name of the key. It is stored with every secret, so each key needs its own.
+    """
+    from infra.encryption import CURRENT_KEY, EncryptionKeyError
+    from infra.encryption import generate_key as new_key
+
+    try:
+        print(f"{CURRENT_KEY}={new_key(id).reveal()}")
+    except EncryptionKeyError as error:
+        sys.exit(f"everruns: --id was given `{id}`; {error}")
+
+
+@secrets.command
+def reencrypt() -> None:
+    """Encrypt every stored secret with the current key. Safe while servers run, and to run again; exit code 1 if any is left.
+
+    Example: DATABASE_URL=… SECRETS_ENCRYPTION_KEY=… SECRETS_ENCRYPTION_KEY_PREVIOUS=… everruns secrets reencrypt
+    """
+    settings = _settings()
+    from cli.secrets_command import run_reencrypt
+
+    if not _run(run_reencrypt(settings)):
+        sys.exit(1)
+
+
+@secrets.command
+def check() -> None:
+    """Decrypt every stored secret and list those that cannot be read; exit code 1 if there are any. It only reads.
+
+    Example: DATABASE_URL=… SECRETS_ENCRYPTION_KEY=… everruns secrets check
+    """
+    settings = _settings()
+    from cli.secrets_command import run_secrets_check
+
+    if not _run(run_secrets_check(settings)):
+        sys.exit(1)
+
+
 def _version() -> str:
     from importlib.metadata import version
 
@@ -194,6 +247,7 @@ def _run(command: Coroutine[object, object, T]) -> T:
     from db.database import MigrationFailed
     from infra.child_processes import ChildStartError
     from infra.embedded_postgres import EmbeddedPostgresError
+    from infra.encryption import EncryptionKeyError
     from infra.temporal_client import TemporalConnectionError
     from infra.temporal_server import TemporalServerError
 
@@ -203,6 +257,7 @@ def _run(command: Coroutine[object, object, T]) -> T:
         MigrationFailed,
         ChildStartError,
         EmbeddedPostgresError,
+        EncryptionKeyError,
         TemporalServerError,
         TemporalConnectionError,
     )

@@ -23,10 +23,20 @@ from msgspec import Struct
 from rich.console import Console
 from temporalio.service import RPCError
 
-from cli.engine import SEARCH_ATTRIBUTE_TYPES, Foundation, choose_dev_model, foundation, server_role, worker_role
+from cli.engine import (
+    SEARCH_ATTRIBUTE_TYPES,
+    Foundation,
+    choose_dev_model,
+    foundation,
+    keyring_of,
+    server_role,
+    worker_role,
+)
+from cli.keys import dev_key, missing_keys, write_private
 from db.database import Database
 from infra.child_processes import Child, ChildProcesses
 from infra.embedded_postgres import EmbeddedPostgres
+from infra.encryption import CURRENT_KEY, PREVIOUS_KEY
 from infra.http_server import bind
 from infra.logging import configure_logging
 from infra.settings import ListenAddress, Settings, load_settings, mask_passwords
@@ -61,7 +71,12 @@ class DevAddresses(Struct, frozen=True, kw_only=True):
     postgres_pid: int
     temporal_pid: int
     environment: dict[str, str]
-    """Variables under which `everruns worker` and `everruns server` join this stack; empty ones undo what may be set."""
+    """Variables under which `everruns worker` and `everruns server` join this stack; empty ones undo what may be set.
+
+    They hold the key to the stack's secrets."""
+
+    def __repr__(self) -> str:
+        return f"DevAddresses(api={self.api!r}, pid={self.pid})"
 
 
 class DevStack(Struct, frozen=True, kw_only=True):
@@ -145,15 +160,29 @@ async def check_database(settings: Settings, *, migrated: bool = True) -> None:
         raise StartFailure(f"DATABASE_URL: no connection to {shown!r}: {error or type(error).__name__}") from error
 
 
+async def check_keys(settings: Settings) -> None:
+    """Refuse to start without the keys to what is stored: it would come out in the middle of a turn. Raises `StartFailure`."""
+    assert settings.database_url is not None, "load_settings refuses a missing DATABASE_URL outside dev mode"
+    try:
+        async with Database.opened(settings.database_url, pool_size=1) as database:
+            problem = await missing_keys(database, keyring_of(settings))
+    except (asyncpg.UndefinedColumnError, asyncpg.UndefinedTableError):
+        shown = mask_passwords(settings.database_url)
+        raise StartFailure(f"DATABASE_URL: {shown!r} has an older schema; run `everruns migrate` first") from None
+    if problem is not None:
+        raise StartFailure(problem)
+
+
 async def run_server(settings: Settings) -> None:
     """API and streams, until a signal comes."""
     listener = bound(settings.http_addr)
     configure_temporal_logging()
     with stop_on_signals() as stop:
         await check_database(settings)
+        await check_keys(settings)
         async with foundation(settings) as base, server_role(base, listener, eager=False):
             if settings.deployment_grade == "dev":
-                await choose_dev_model(base.database)
+                await choose_dev_model(base.database, settings)
             log.info("server is ready", address=str(settings.http_addr))
             await until(stop)
             log.info("server is stopping")
@@ -164,6 +193,7 @@ async def run_worker(settings: Settings) -> None:
     configure_temporal_logging()
     with stop_on_signals() as stop:
         await check_database(settings)
+        await check_keys(settings)
         async with foundation(settings) as base, worker_role(base) as failure:
             log.info("worker is ready", turns=settings.temporal_turns_queue, steps=settings.temporal_steps_queue)
             await until(stop, failure)
@@ -185,7 +215,7 @@ async def run_migrate(settings: Settings) -> list[str]:
         with in_progress("Bringing the schema up to date"):
             printed = await database.migrate()
         if settings.deployment_grade == "dev":
-            await choose_dev_model(database)
+            await choose_dev_model(database, settings)
     return printed
 
 
@@ -226,6 +256,7 @@ async def embedded_stack(
                 temporal_namespace="default",
                 temporal_api_key=None,
                 temporal_tls=False,
+                secrets_encryption_key=settings.secrets_encryption_key or dev_key(data_dir),
             ),
             children,
             postgres,
@@ -251,7 +282,11 @@ async def dev_stack(
         assert settings.database_url is not None, "the embedded server has an address"
         async with Database.opened(settings.database_url, pool_size=2) as database:
             await database.migrate()
-            await choose_dev_model(database)
+            await choose_dev_model(database, settings)
+            problem = await missing_keys(database, keyring_of(settings))
+            if problem is not None:
+                # Here a refusal would be a dead end: nothing else can open this database to set the secrets anew.
+                log.warning(problem)
         base = await stack.enter_async_context(foundation(settings))
         failures: list[asyncio.Future[None]] = [died]
         if with_worker:
@@ -282,6 +317,7 @@ async def dev_stack(
                     "TEMPORAL_TLS_CERT": "",
                     "TEMPORAL_TLS_KEY": "",
                     "TEMPORAL_TLS_CA": "",
+                    **_keys_of(settings),
                 },
             ),
             children=children,
@@ -311,7 +347,7 @@ async def run_dev(
                     dev_stack(environ, listener, data_dir=data_dir, with_worker=with_worker)
                 )
             if ready_file is not None:
-                _write_whole(ready_file, stack.addresses)
+                write_private(ready_file, json.dumps(msgspec.to_builtins(stack.addresses)))
             _announce(stack.addresses, data_dir)
             try:
                 await until(stop, *stack.failures)
@@ -321,11 +357,9 @@ async def run_dev(
                 CORE_LOGGER.setLevel(logging.CRITICAL)
 
 
-def _write_whole(path: Path, addresses: DevAddresses) -> None:
-    """A reader sees the whole file or none."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(msgspec.to_builtins(addresses)))
-    unfinished.replace(path)
+def _keys_of(settings: Settings) -> dict[str, str]:
+    keys = {CURRENT_KEY: settings.secrets_encryption_key, PREVIOUS_KEY: settings.secrets_encryption_key_previous}
+    return {name: "" if key is None else key.reveal() for name, key in keys.items()}
 
 
 def _announce(addresses: DevAddresses, data_dir: Path | None) -> None:

@@ -12,7 +12,7 @@ from msgspec import UNSET, Struct, structs
 
 from db.columns import column_values, read_resource
 from db.harnesses import assignable_harness
-from db.named_rows import NamedRows, Row, require_model, transaction
+from db.named_rows import NamedRows, Row, require_fallback_models, require_model, transaction
 from db.tables import Agent as AgentTable
 from domain.errors import Conflict, NameTaken, ResourceLimit
 from domain.ids import DEFAULT_ORG_ID, Prefix, format_id, uuid7
@@ -119,6 +119,7 @@ def _complete(changes: AgentChanges) -> AgentChanges:
         display_name=None,
         description=None,
         default_model_id=None,
+        fallback_model_ids=[],
         tools=[],
         max_iterations=None,
     )
@@ -132,6 +133,8 @@ async def _values(changes: AgentChanges) -> Row:
     if changes.harness_id is not UNSET or changes.harness_name is not UNSET:
         values["harness_id"] = await assignable_harness(changes.harness_id or None, changes.harness_name or None)
     await require_model(values.get("default_model_id"), "default_model_id")
+    await require_fallback_models(values.get("fallback_model_ids"))
+    await require_fallback_models(values.get("fallback_model_ids"))
     return values
 
 

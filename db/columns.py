@@ -32,6 +32,7 @@ JSON_COLUMNS: Final = frozenset(
     {
         "capabilities",
         "embedder_metadata",
+        "fallback_model_ids",
         "hints",
         "initial_files",
         "mcp_servers",

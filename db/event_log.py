@@ -227,12 +227,12 @@ class SessionTransaction:
 
 class EventLog:
     def __init__(self, pool: asyncpg.Pool, publisher: Publisher) -> None:
-        self._pool = pool
+        self.pool = pool
         self._publisher = publisher
 
     @contextlib.asynccontextmanager
     async def transaction(self, session_id: str) -> AsyncIterator[SessionTransaction]:
-        async with self._pool.acquire() as connection:
+        async with self.pool.acquire() as connection:
             async with connection.transaction():
                 work = SessionTransaction(connection, session_id)  # type: ignore[arg-type]  # a pool's proxy
                 yield work
@@ -243,14 +243,14 @@ class EventLog:
     @contextlib.asynccontextmanager
     async def connection(self) -> AsyncIterator[asyncpg.Connection]:
         """A connection for reading."""
-        async with self._pool.acquire() as connection:
+        async with self.pool.acquire() as connection:
             yield connection  # type: ignore[misc]  # a pool's proxy
 
     async def append(
         self, session_id: str, events: Sequence[NewEvent], *, fence: tuple[UUID, int] | None = None
     ) -> list[StoredEvent]:
         """Append in a transaction of its own: one round trip. Raises `SessionGone` or `StepFenced`."""
-        async with self._pool.acquire() as connection:
+        async with self.pool.acquire() as connection:
             stored = await append_in(connection, session_id, events, fence=fence)  # type: ignore[arg-type]
             self._publisher.publish(session_id, stored)
         return stored
@@ -261,9 +261,9 @@ class EventLog:
         """Events after a cursor, oldest first."""
         key = parse_id(Prefix.SESSION, session_id)
         if types is None:
-            rows = await self._pool.fetch(READ, key, after_sequence, limit)
+            rows = await self.pool.fetch(READ, key, after_sequence, limit)
         else:
-            rows = await self._pool.fetch(READ_TYPES, key, after_sequence, limit, list(types))
+            rows = await self.pool.fetch(READ_TYPES, key, after_sequence, limit, list(types))
         return [stored_event(session_id, row) for row in rows]
 
     async def find(
@@ -272,7 +272,7 @@ class EventLog:
         """Filtered events, oldest first; with `newest` the last `limit` of them instead of the first."""
         where, arguments = wanted.where(parse_id(Prefix.SESSION, session_id))
         order = "DESC" if newest else "ASC"
-        rows = await self._pool.fetch(
+        rows = await self.pool.fetch(
             f"SELECT {COLUMNS} FROM events WHERE {where} ORDER BY sequence {order} LIMIT {int(limit)}",  # noqa: S608
             *arguments,
         )
@@ -281,18 +281,18 @@ class EventLog:
 
     async def count(self, session_id: str, wanted: EventFilter) -> int:
         where, arguments = wanted.where(parse_id(Prefix.SESSION, session_id))
-        return await self._pool.fetchval(f"SELECT count(*) FROM events WHERE {where}", *arguments)  # noqa: S608
+        return await self.pool.fetchval(f"SELECT count(*) FROM events WHERE {where}", *arguments)  # noqa: S608
 
     async def last_sequence(self, session_id: str) -> int:
         """0 for a session without events."""
         query = "SELECT last_sequence FROM session_state WHERE session_id = $1"
-        return await self._pool.fetchval(query, parse_id(Prefix.SESSION, session_id)) or 0
+        return await self.pool.fetchval(query, parse_id(Prefix.SESSION, session_id)) or 0
 
     async def sequence_of(self, session_id: str, event_id: str) -> int | None:
         """The sequence of a stored event of this session, if there is one."""
         if not is_id(Prefix.EVENT, event_id):
             return None
-        return await self._pool.fetchval(
+        return await self.pool.fetchval(
             SEQUENCE_OF, parse_id(Prefix.SESSION, session_id), parse_id(Prefix.EVENT, event_id)
         )
 
@@ -314,18 +314,18 @@ class EventLog:
         if seconds > MAX_TIMESTAMP_SECONDS:
             return 0
         moment = datetime.fromtimestamp(seconds, tz=UTC)
-        return await self._pool.fetchval(SEQUENCE_BEFORE_TIME, parse_id(Prefix.SESSION, session_id), moment)
+        return await self.pool.fetchval(SEQUENCE_BEFORE_TIME, parse_id(Prefix.SESSION, session_id), moment)
 
     async def text_before(self, event: StoredEvent) -> str:
         """The text of a message or thinking before one of its deltas, from the deltas stored so far."""
         message_id, offset = delta_position(event)
-        rows = await self._pool.fetch(
+        rows = await self.pool.fetch(
             DELTAS_OF, parse_id(Prefix.SESSION, event.session_id), event.sequence, event.type, message_id
         )
         return joined_deltas(row["data"].encode() for row in rows)[:offset]
 
     async def summary(self, session_id: str) -> EventsSummary:
-        rows = await self._pool.fetch(
+        rows = await self.pool.fetch(
             """SELECT type, count(*) AS n, min(ts) AS first, max(ts) AS last FROM events
                WHERE session_id = $1 GROUP BY type ORDER BY type""",
             parse_id(Prefix.SESSION, session_id),
@@ -368,8 +368,10 @@ async def read_latest_conversation(
     return [stored_event(session_id, row) for row in reversed(rows[:limit])], len(rows) > limit
 
 
-async def read_partial_text(connection: asyncpg.Connection, session_id: str, message_id: str) -> str:
-    """What has been streamed of a message so far."""
+async def read_partial_text(
+    connection: asyncpg.Connection, session_id: str, message_id: str, delta_type: str = "output.message.delta"
+) -> str:
+    """What has been streamed of a message, or of the thinking before it, so far."""
     key = parse_id(Prefix.SESSION, session_id)
-    rows = await connection.fetch(DELTAS_OF, key, MAX_SEQUENCE, "output.message.delta", message_id)
+    rows = await connection.fetch(DELTAS_OF, key, MAX_SEQUENCE, delta_type, message_id)
     return joined_deltas(row["data"].encode() for row in rows)

@@ -8,7 +8,7 @@ from uuid import UUID
 from msgspec import UNSET
 
 from db.columns import column_values, read_resource
-from db.named_rows import NamedRows, Row, lock_organization, require_model, transaction
+from db.named_rows import NamedRows, Row, lock_organization, require_fallback_models, require_model, transaction
 from db.tables import Harness as HarnessTable
 from domain.errors import Archived, InvalidInput, ReadOnlyResource, ResourceLimit
 from domain.ids import DEFAULT_ORG_ID, Prefix, format_id, uuid7
@@ -96,6 +96,8 @@ async def _editable(harness_id: str) -> Row:
 
 async def _check_references(values: Row, own_id: UUID | None) -> None:
     await require_model(values.get("default_model_id"), "default_model_id")
+    await require_fallback_models(values.get("fallback_model_ids"))
+    await require_fallback_models(values.get("fallback_model_ids"))
     parent = values.get("parent_harness_id")
     if isinstance(parent, UUID):
         await _check_parent(parent, own_id)

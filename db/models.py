@@ -1,18 +1,23 @@
-"""Models and their providers."""
+"""Models: what providers offer, as the organization has listed it."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import Final
 from uuid import UUID
 
+from msgspec import UNSET
+
 from db.columns import column_values, read_resource
+from db.model_references import forget_breakers, forget_models
 from db.named_rows import Row, transaction
-from db.tables import Agent, Harness, Organization, Session
+from db.providers import get_provider, list_providers, provider_of, provider_row
 from db.tables import Model as ModelTable
-from db.tables import Provider as ProviderTable
-from domain.errors import NotFound
+from domain.errors import InvalidInput, NotFound
 from domain.ids import DEFAULT_ORG_ID, Prefix, format_id, parse_id, uuid7
+from domain.model_profiles import profile_of
+from domain.providers import PROVIDER_TYPES
 from domain.resources import Model, ModelChanges, ModelSource, ModelWithProvider, Provider
 
 VENDORS: Final = frozenset(
@@ -20,29 +25,33 @@ VENDORS: Final = frozenset(
 )
 """What clients accept as `model_vendor`; any other value is left out."""
 
-KEYLESS_PROVIDERS: Final = frozenset({"llmsim"})
-"""Provider types that need no API key."""
 
-
-def _provider_of(row: Row) -> Provider:
-    return read_resource(row, Provider, id=format_id(Prefix.PROVIDER, _uuid(row)), api_key_set=False)
-
-
-def _model_of(row: Row) -> Model:
+def model_of(row: Row) -> Model:
     return read_resource(row, Model, id=format_id(Prefix.MODEL, _uuid(row)))
 
 
-def _model_with_provider(row: Row, provider: Provider) -> ModelWithProvider:
-    ready = provider.api_key_set or provider.provider_type in KEYLESS_PROVIDERS
+def _model_with_provider(
+    row: Row, provider: Provider, keyed_types: Collection[str], open_breakers: Collection[object]
+) -> ModelWithProvider:
+    profile = profile_of(str(row["model_id"]))
+    vendor = provider.provider_type if profile is None else profile.vendor
     return read_resource(
         row,
         ModelWithProvider,
         id=format_id(Prefix.MODEL, _uuid(row)),
         provider_name=provider.name,
         provider_type=provider.provider_type,
-        healthy=bool(row["enabled"]) and provider.status == "active" and ready,
-        model_vendor=provider.provider_type if provider.provider_type in VENDORS else None,
+        healthy=bool(row["enabled"]) and _is_ready(provider, keyed_types) and row["id"] not in open_breakers,
+        model_vendor=vendor if vendor in VENDORS else None,
+        profile=profile,
     )
+
+
+def _is_ready(provider: Provider, keyed_types: Collection[str]) -> bool:
+    known = PROVIDER_TYPES.get(provider.provider_type)
+    if known is None or provider.status != "active":
+        return False
+    return provider.api_key_set or not known.needs_key or provider.provider_type in keyed_types
 
 
 def _uuid(row: Row) -> UUID:
@@ -51,30 +60,27 @@ def _uuid(row: Row) -> UUID:
     return key
 
 
-async def list_providers() -> list[Provider]:
-    rows = await ProviderTable.select().where(ProviderTable.org_id == DEFAULT_ORG_ID).order_by(ProviderTable.id)
-    return [_provider_of(row) for row in rows]
-
-
-async def get_provider(provider_id: str) -> Provider:
-    row = await (
-        ProviderTable.select()
-        .where(ProviderTable.org_id == DEFAULT_ORG_ID, ProviderTable.id == parse_id(Prefix.PROVIDER, provider_id))
-        .first()
-    )
-    if row is None:
-        raise NotFound(f"There is no provider `{provider_id}`")
-    return _provider_of(row)
-
-
-async def list_models(*, source: ModelSource | None = None, favorites_only: bool = False) -> list[ModelWithProvider]:
+async def list_models(
+    *,
+    keyed_types: Collection[str],
+    source: ModelSource | None = None,
+    favorites_only: bool = False,
+    include_stale: bool = True,
+) -> list[ModelWithProvider]:
+    """`keyed_types` are the provider types with a default key."""
     providers = {provider.id: provider for provider in await list_providers()}
     query = ModelTable.select().where(ModelTable.org_id == DEFAULT_ORG_ID).order_by(ModelTable.id)
     if source is not None:
         query = query.where(ModelTable.source == source)
     if favorites_only:
         query = query.where(ModelTable.is_favorite.eq(True))
-    return [_model_with_provider(row, providers[format_id(Prefix.PROVIDER, row["provider_id"])]) for row in await query]
+    if not include_stale:
+        query = query.where(ModelTable.stale.eq(False))
+    rows = await query
+    broken = await _open_breakers()
+    with_providers = [(row, providers.get(format_id(Prefix.PROVIDER, row["provider_id"]))) for row in rows]
+    # One that came between the two queries is not listed yet.
+    return [_model_with_provider(row, provider, keyed_types, broken) for row, provider in with_providers if provider]
 
 
 async def list_provider_models(provider_id: str) -> list[Model]:
@@ -84,28 +90,25 @@ async def list_provider_models(provider_id: str) -> list[Model]:
         .where(ModelTable.provider_id == parse_id(Prefix.PROVIDER, provider_id))
         .order_by(ModelTable.id)
     )
-    return [_model_of(row) for row in rows]
+    return [model_of(row) for row in rows]
 
 
-async def get_model(model_id: str) -> ModelWithProvider:
+async def get_model(model_id: str, *, keyed_types: Collection[str]) -> ModelWithProvider:
     row = await _row(model_id)
     provider = await get_provider(format_id(Prefix.PROVIDER, row["provider_id"]))  # type: ignore[arg-type]
-    return _model_with_provider(row, provider)
+    return _model_with_provider(row, provider, keyed_types, await _open_breakers())
 
 
 async def create_model(provider_id: str, changes: ModelChanges) -> Model:
     changes.check()
     async with transaction():
-        await get_provider(provider_id)
+        # Locked, so that the provider is not deleted meanwhile.
+        await provider_row(provider_id, lock=True)
         values = column_values(changes)
-        row = ModelTable(
-            id=uuid7(),
-            org_id=DEFAULT_ORG_ID,
-            provider_id=parse_id(Prefix.PROVIDER, provider_id),
-            **values,  # type: ignore[arg-type]
-        )
+        values["provider_id"] = parse_id(Prefix.PROVIDER, provider_id)
+        row = ModelTable(id=uuid7(), org_id=DEFAULT_ORG_ID, **values)  # type: ignore[arg-type]
         rows = await ModelTable.insert(row).returning(*ModelTable.all_columns())
-        return _model_of(rows[0])
+        return model_of(rows[0])
 
 
 async def update_model(model_id: str, changes: ModelChanges) -> Model:
@@ -114,24 +117,27 @@ async def update_model(model_id: str, changes: ModelChanges) -> Model:
         row = await _row(model_id, lock=True)
         values = column_values(changes)
         if values:
+            if changes.provider_id is not UNSET and values["provider_id"] != row["provider_id"]:
+                await target_provider(changes.provider_id, lock=True)
+                await forget_breakers([_uuid(row)])
             values["updated_at"] = datetime.now(UTC)
             await ModelTable.update(values).where(ModelTable.id == row["id"])  # type: ignore[arg-type]
             row = await _row(model_id)
-        return _model_of(row)
+        return model_of(row)
+
+
+async def target_provider(provider_id: str, *, lock: bool = False) -> Provider:
+    """The provider that a model is to move to."""
+    try:
+        return provider_of(await provider_row(provider_id, lock=lock))
+    except NotFound:
+        raise InvalidInput("provider_id names no provider", field="provider_id") from None
 
 
 async def delete_model(model_id: str) -> None:
-    """Whatever named the model as its own falls back to the next layer's."""
     async with transaction():
         key = _uuid(await _row(model_id, lock=True))
-        for column in (
-            Agent.default_model_id,
-            Harness.default_model_id,
-            Session.model_id,
-            Organization.default_model_id,
-        ):
-            table = column._meta.table
-            await table.update({column: None}).where(column == key)
+        await forget_models([key])
         await ModelTable.delete().where(ModelTable.id == key)
 
 
@@ -145,3 +151,8 @@ async def _row(model_id: str, *, lock: bool = False) -> Row:
     if not rows:
         raise NotFound(f"There is no model `{model_id}`")
     return rows[0]
+
+
+async def _open_breakers() -> set[object]:
+    query = "SELECT model_id FROM circuit_breakers WHERE org_id = {} AND state = 'open'"
+    return {row["model_id"] for row in await ModelTable.raw(query, DEFAULT_ORG_ID)}

@@ -13,6 +13,7 @@ from typing import Final
 from uuid import UUID
 
 import asyncpg
+import msgspec
 from piccolo.columns import Column
 
 from db.columns import Condition, search_conditions
@@ -179,6 +180,13 @@ async def transaction() -> AsyncIterator[None]:
 async def lock_organization() -> None:
     """Writers that need to see each other's rows (harness parents, the place of a cycle) queue up here."""
     await Organization.select(Organization.id).where(Organization.id == DEFAULT_ORG_ID).lock_rows("NO KEY UPDATE")
+
+
+async def require_fallback_models(encoded: object) -> None:
+    """`encoded` is the column's value. Raises `UnknownModel` unless each is an enabled model."""
+    if isinstance(encoded, str):
+        for index, model_id in enumerate(msgspec.json.decode(encoded, type=list[str])):
+            await require_model(parse_id(Prefix.MODEL, model_id), f"fallback_model_ids[{index}]")
 
 
 async def require_model(model: object, field: str) -> None:

@@ -21,8 +21,10 @@ import structlog
 from domain.events import EventPayload, NewEvent
 from domain.turns import (
     ActResult,
+    FailureVerdict,
     FinishInput,
     FinishResult,
+    GenerationNote,
     ReasonBriefing,
     ReasonFailure,
     ReasonOutcome,
@@ -65,7 +67,7 @@ class PatientTurnState:
     async def commit_reason(self, ref: StepRef, outcome: ReasonOutcome) -> ReasonResult:
         return await _patiently(lambda: self._state.commit_reason(ref, outcome))
 
-    async def fail_reason(self, ref: StepRef, failure: ReasonFailure) -> int:
+    async def fail_reason(self, ref: StepRef, failure: ReasonFailure) -> FailureVerdict:
         return await _patiently(lambda: self._state.fail_reason(ref, failure))
 
     async def release_step(self, ref: StepRef) -> None:
@@ -81,9 +83,9 @@ class PatientTurnState:
     async def finish(self, input: FinishInput) -> FinishResult:
         return await _patiently(lambda: self._state.finish(input))
 
-    async def append(self, ref: StepRef, events: Sequence[NewEvent]) -> None:
+    async def append(self, ref: StepRef, events: Sequence[NewEvent], note: GenerationNote | None = None) -> None:
         # Deltas are told apart by nothing: after a broken connection they might be there already. The next attempt restarts.
-        await self._state.append(ref, events)
+        await self._state.append(ref, events, note)
 
     async def append_tool_event(self, ref: StepRef, call_id: str, payload: EventPayload) -> None:
         try:

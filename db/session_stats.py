@@ -26,6 +26,9 @@ SELECT count(*) AS session_count,
        coalesce(sum(t.output_tokens), 0)::bigint AS total_output_tokens,
        coalesce(sum(t.cache_read_tokens), 0)::bigint AS total_cache_read_tokens,
        coalesce(sum(t.cache_creation_tokens), 0)::bigint AS total_cache_creation_tokens,
+       coalesce(sum(t.effective_cost_usd), 0) AS total_cost_usd,
+       coalesce(sum(t.estimated_cost_usd), 0) AS total_estimated_cost_usd,
+       coalesce(sum(t.actual_cost_usd), 0) AS total_actual_cost_usd,
        coalesce(sum(t.active_ms), 0)::bigint AS total_session_duration_ms,
        min(s.created_at) AS first_session_at,
        max(s.created_at) AS last_session_at,
@@ -44,12 +47,15 @@ class Usage(Struct, frozen=True, kw_only=True):
 UNUSED: Final = Usage(session_count=0, tokens=TokenUsage(input_tokens=0, output_tokens=0))
 
 
-def token_columns(row: Mapping[str, Any]) -> dict[str, object]:
+def usage_columns(row: Mapping[str, Any]) -> dict[str, object]:
     return {
         "input_tokens": row["input_tokens"],
         "output_tokens": row["output_tokens"],
         "cache_read_tokens": row["cache_read_tokens"] or None,
         "cache_creation_tokens": row["cache_creation_tokens"] or None,
+        "estimated_cost_usd": row["estimated_cost_usd"] or None,
+        "actual_cost_usd": row["actual_cost_usd"] or None,
+        "effective_cost_usd": row["effective_cost_usd"] or None,
     }
 
 
@@ -82,9 +88,6 @@ async def resource_stats(
     return read_resource(
         dict(row),
         ResourceStats,
-        total_cost_usd=0.0,
-        total_estimated_cost_usd=0.0,
-        total_actual_cost_usd=0.0,
         avg_session_duration_ms=row["total_session_duration_ms"] // count if count else None,
     )
 
@@ -102,7 +105,9 @@ async def usage_by_agent(database: Database, public_ids: Sequence[str]) -> dict[
         """SELECT a.public_id, count(*) FILTER (WHERE s.deleted_at IS NULL) AS sessions,
                   sum(t.input_tokens)::bigint AS input_tokens, sum(t.output_tokens)::bigint AS output_tokens,
                   sum(t.cache_read_tokens)::bigint AS cache_read_tokens,
-                  sum(t.cache_creation_tokens)::bigint AS cache_creation_tokens
+                  sum(t.cache_creation_tokens)::bigint AS cache_creation_tokens,
+                  sum(t.estimated_cost_usd) AS estimated_cost_usd, sum(t.actual_cost_usd) AS actual_cost_usd,
+                  sum(t.effective_cost_usd) AS effective_cost_usd
            FROM agents a JOIN sessions s ON s.agent_id = a.id JOIN session_state t ON t.session_id = s.id
            WHERE a.org_id = $1 AND a.public_id = ANY($2::text[]) GROUP BY a.public_id""",
         DEFAULT_ORG_ID,
@@ -110,7 +115,7 @@ async def usage_by_agent(database: Database, public_ids: Sequence[str]) -> dict[
     )
     return {
         row["public_id"]: Usage(
-            session_count=row["sessions"], tokens=msgspec.convert(token_columns(dict(row)), TokenUsage)
+            session_count=row["sessions"], tokens=msgspec.convert(usage_columns(dict(row)), TokenUsage)
         )
         for row in rows
     }

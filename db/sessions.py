@@ -18,7 +18,7 @@ from db.columns import column_values, like_patterns, read_resource
 from db.database import Database
 from db.event_log import EventLog, SessionTransaction
 from db.harnesses import DEFAULT_HARNESS
-from db.session_stats import token_columns
+from db.session_stats import usage_columns
 from domain.clock import timestamp
 from domain.config import CapabilityRef
 from domain.errors import Archived, InvalidInput, NotFound, ResourceLimit, UnknownModel
@@ -56,7 +56,8 @@ BUSY: Final = frozenset({"active", "waiting_for_tool_results"})
 
 SELECT: Final = """
 SELECT s.*, t.status, t.preview, t.output_preview, t.input_tokens, t.output_tokens, t.cache_read_tokens,
-       t.cache_creation_tokens, t.started_at, t.finished_at, t.updated_at AS state_updated_at,
+       t.cache_creation_tokens, t.estimated_cost_usd, t.actual_cost_usd, t.effective_cost_usd,
+       t.started_at, t.finished_at, t.updated_at AS state_updated_at,
        a.public_id AS agent_public_id, a.capabilities AS agent_capabilities, p.session_id IS NOT NULL AS is_pinned
 FROM sessions s
 JOIN session_state t ON t.session_id = s.id
@@ -287,7 +288,7 @@ def _session_of(row: asyncpg.Record) -> Session:
         model_id=None if row["model_id"] is None else format_id(Prefix.MODEL, row["model_id"]),
         status=STATUS_ON_THE_WIRE.get(row["status"], SessionStatus.IDLE),
         updated_at=timestamp(max(row["updated_at"], row["state_updated_at"])),
-        usage=token_columns(dict(row)),
+        usage=usage_columns(dict(row)),
     )
 
 

@@ -44,7 +44,7 @@ _OPEN_TEXT: Final[dict[str, str]] = {
 }
 
 _COLUMNS: Final = """call_id, turn_id, iteration, ordinal, name, display_name, arguments, kind, side_effect, concurrency_class,
-    timeout_seconds, status, outcome, attempt, starts, worker"""
+    timeout_seconds, status, outcome, attempt, starts, worker, problem"""
 _READ_CALL: Final = f"SELECT {_COLUMNS} FROM tool_calls WHERE session_id = $1 AND call_id = $2"  # noqa: S608
 _OPEN_CALLS: Final = f"""SELECT {_COLUMNS} FROM tool_calls WHERE session_id = $1 AND status <> 'settled'
     ORDER BY requested_at, ordinal"""  # noqa: S608
@@ -53,8 +53,8 @@ _BATCH: Final = f"""SELECT {_COLUMNS}, extract(epoch FROM clock_timestamp() - re
 _KNOWN_IDS: Final = "SELECT call_id FROM tool_calls WHERE session_id = $1 AND call_id = ANY($2::text[])"
 _CALL_COUNT: Final = "SELECT count(*) FROM tool_calls WHERE session_id = $1"
 _REQUEST: Final = """INSERT INTO tool_calls (session_id, call_id, org_id, turn_id, iteration, ordinal, name, display_name,
-    arguments, kind, side_effect, concurrency_class, timeout_seconds)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)"""
+    arguments, kind, side_effect, concurrency_class, timeout_seconds, problem)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)"""
 _RUN: Final = """UPDATE tool_calls SET status = 'running', attempt = $3, starts = starts + 1, worker = $4,
     started_at = coalesce(started_at, clock_timestamp()) WHERE session_id = $1 AND call_id = $2"""
 _SETTLE: Final = """UPDATE tool_calls SET status = 'settled', outcome = $3, settled_at = clock_timestamp()
@@ -74,6 +74,7 @@ class CallRow(Struct, frozen=True, kw_only=True):
     starts: int
     worker: str | None
     iteration: int
+    problem: str | None = None
 
     def ref(self) -> CallRef:
         return CallRef(
@@ -99,6 +100,7 @@ def _call_row(row: asyncpg.Record) -> CallRow:
         starts=row["starts"],
         worker=row["worker"],
         iteration=row["iteration"],
+        problem=row["problem"],
     )
 
 
@@ -157,6 +159,7 @@ async def request_calls(
                 item.side_effect.value,
                 item.concurrency_class,
                 item.timeout_seconds,
+                item.problem,
             )
             for ordinal, item in enumerate(planned)
         ],

@@ -9,10 +9,9 @@ import asyncpg
 import msgspec
 from msgspec import Struct
 
-from domain.config import CapabilityRef, ConfigLayer, InitialFile, NetworkAccessList, TurnConfig
-from domain.ids import Prefix, format_id, parse_id
+from domain.config import CapabilityRef, ConfigLayer, InitialFile, NetworkAccessList
+from domain.ids import Prefix, format_id
 from domain.tools import ToolDefinition
-from domain.turns import ResolvedModel
 
 T = TypeVar("T")
 
@@ -29,26 +28,20 @@ WITH RECURSIVE chain AS (
     WHERE chain.depth < {MAX_HARNESS_DEPTH}
 )
 SELECT 0 AS kind, -depth AS place, NULL AS name, NULL AS public_id, NULL AS description, id AS row_id,
-       default_model_id AS model_id, NULL::jsonb AS tools, NULL::integer AS max_iterations, NULL AS locale, NULL::jsonb AS hints,
+       default_model_id AS model_id, fallback_model_ids, NULL::jsonb AS tools, NULL::integer AS max_iterations,
+       NULL AS locale, NULL::jsonb AS hints,
        {_LAYER_COLUMNS}
 FROM chain
 UNION ALL
-SELECT 1, 0, coalesce(a.display_name, a.name), a.public_id, a.description, a.id, a.default_model_id, a.tools,
-       a.max_iterations, NULL, NULL, a.system_prompt, a.capabilities, a.initial_files, a.mcp_servers, a.network_access,
-       a.parallel_tool_calls
+SELECT 1, 0, coalesce(a.display_name, a.name), a.public_id, a.description, a.id, a.default_model_id,
+       a.fallback_model_ids, a.tools, a.max_iterations, NULL, NULL,
+       a.system_prompt, a.capabilities, a.initial_files, a.mcp_servers, a.network_access, a.parallel_tool_calls
 FROM agents a JOIN sessions s ON s.agent_id = a.id WHERE s.id = $1
 UNION ALL
-SELECT 2, 0, title, NULL, NULL, id, model_id, tools, max_iterations, locale, hints, {_LAYER_COLUMNS}
+SELECT 2, 0, title, NULL, NULL, id, model_id, NULL, tools, max_iterations, locale, hints, {_LAYER_COLUMNS}
 FROM sessions WHERE id = $1 AND deleted_at IS NULL
 ORDER BY kind, place
 """  # noqa: S608
-
-RESOLVE_MODEL: Final = """
-SELECT m.id, m.model_id, m.options, p.id AS provider_id, p.provider_type
-FROM models m JOIN providers p ON p.id = m.provider_id
-WHERE m.org_id = $1 AND m.enabled AND p.status = 'active'
-  AND m.id = coalesce($2, (SELECT default_model_id FROM organizations WHERE id = $1))
-"""
 
 
 class SessionLayers(Struct, frozen=True, kw_only=True):
@@ -92,23 +85,9 @@ def _layer(row: asyncpg.Record) -> ConfigLayer:
         mcp_servers=decode_column(row["mcp_servers"], dict[str, object], {}),
         network_access=decode_column(row["network_access"], NetworkAccessList, NetworkAccessList()),
         model_id=None if model is None else format_id(Prefix.MODEL, model),
+        fallback_model_ids=decode_column(row["fallback_model_ids"], list[str], []),
         max_iterations=row["max_iterations"],
         parallel_tool_calls=row["parallel_tool_calls"],
         locale=row["locale"],
         hints=decode_column(row["hints"], dict[str, object], {}),
-    )
-
-
-async def resolve_model(connection: asyncpg.Connection, org_id: int, config: TurnConfig) -> ResolvedModel | None:
-    """The model a turn runs with: the one its configuration names, else the organization's default; None without either."""
-    wanted = None if config.model_id is None else parse_id(Prefix.MODEL, config.model_id)
-    row = await connection.fetchrow(RESOLVE_MODEL, org_id, wanted)
-    if row is None:
-        return None
-    return ResolvedModel(
-        public_id=format_id(Prefix.MODEL, row["id"]),
-        name=row["model_id"],
-        provider_public_id=format_id(Prefix.PROVIDER, row["provider_id"]),
-        provider_type=row["provider_type"],
-        options=decode_column(row["options"], dict[str, object], {}),
     )

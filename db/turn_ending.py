@@ -31,6 +31,7 @@ CANCEL_NOTE: Final = "User requested to cancel the work."
 CANCEL_ANSWER: Final = "Work was cancelled by user."
 SEALED_ANSWER: Final = "I stopped because this turn made no progress after several attempts."
 SUPERSEDED_REASON: Final = "superseded by a new message"
+DETAIL_CHARACTERS: Final = 1_000
 LOST_TURN_REASON: Final = "the workflow of this turn ended without closing it"
 
 _END: Final = """
@@ -140,8 +141,11 @@ async def close_partial_message(work: SessionTransaction, turn: TurnRow) -> None
 
 async def _close_with_apology(work: SessionTransaction, turn: TurnRow, input: FinishInput) -> TurnFailed:
     """The message that was being written becomes the apology, so that no client is left with half a text."""
-    code = input.error_code or turn.last_error_code or "processing_error"
+    source_code = input.error_code or turn.last_error_code or "processing_error"
+    level = turn.config.error_disclosure
+    code = "processing_error" if level == "generic" else source_code
     text = USER_ERROR_CODES.get(code, USER_ERROR_CODES["processing_error"])
+    fields = _error_fields(turn, source_code)
     await tool_ledger.settle_open_calls(work, turn, "interrupted")
     message = Message(
         id=turn.open_message_id or new_id(Prefix.MESSAGE),
@@ -149,11 +153,27 @@ async def _close_with_apology(work: SessionTransaction, turn: TurnRow, input: Fi
         content=[TextPart(text=text)],
         created_at=now_timestamp(),
         phase=Phase.FINAL_ANSWER,
-        metadata={"error_code": code, "error_disclosure": "standard", "source_error_code": code},
+        metadata={
+            "error_code": code,
+            **({"error_fields": fields} if fields else {}),
+            "error_disclosure": level,
+            "source_error_code": source_code,
+        },
     )
-    apology = OutputMessageCompleted(message=message, error_code=code, error_disclosure="standard")
-    await _close_step(work, turn, apology, error=turn.last_error or code)
-    return TurnFailed(turn_id=turn.public_id, error=text, error_code=code, error_disclosure="standard")
+    apology = OutputMessageCompleted(message=message, error_code=code, error_fields=fields, error_disclosure=level)
+    await _close_step(work, turn, apology, error=turn.last_error or source_code)
+    return TurnFailed(turn_id=turn.public_id, error=text, error_code=code, error_fields=fields, error_disclosure=level)
+
+
+def _error_fields(turn: TurnRow, source_code: str) -> dict[str, object] | None:
+    """What the turn's disclosure level lets clients know besides the code; the provider's words only at `detailed`."""
+    level = turn.config.error_disclosure
+    if level == "generic" or turn.last_error_code != source_code:
+        return None
+    fields = dict(turn.last_error_fields)
+    if level == "detailed" and turn.last_error:
+        fields["detail"] = turn.last_error[:DETAIL_CHARACTERS]
+    return fields or None
 
 
 async def _close_step(

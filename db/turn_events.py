@@ -13,6 +13,7 @@ from domain.clock import now_timestamp
 from domain.conversation import SYNTHETIC
 from domain.events import (
     EventPayload,
+    GenerationFallback,
     GenerationMetadata,
     GenerationOutput,
     GenerationTool,
@@ -23,6 +24,7 @@ from domain.events import (
     OutputMessageCompleted,
     OutputMessageStarted,
     ReasonCompleted,
+    ReasonItem,
     ReasonStarted,
     ReasonThinkingCompleted,
     RequestOptions,
@@ -30,8 +32,8 @@ from domain.events import (
     TurnCompleted,
 )
 from domain.ids import Prefix, derived_id, format_id, new_id, parse_id
-from domain.messages import Message, Phase, Role, TextPart, ToolCallPart
-from domain.model import USER_ERRORS
+from domain.messages import Controls, Message, Phase, Role, TextPart, ToolCallPart
+from domain.model import USER_ERRORS, ReasoningItem
 from domain.tools import BuiltinTool, ToolCall, ToolDefinition
 from domain.turns import ReasonFailure, ReasonOutcome, ResolvedModel, StepRef
 
@@ -116,16 +118,18 @@ def reason_aborted_event(turn: TurnRow, exec_id: str, error: str | None) -> NewE
 
 def generation_failed_event(ref: StepRef, turn: TurnRow, failure: ReasonFailure) -> NewEvent:
     code, _ = USER_ERRORS[failure.kind]
+    model = failure.model
     generation = LlmGeneration(
         messages=[],
         output=GenerationOutput(),
         metadata=GenerationMetadata(
-            model=failure.model,
+            model=model.name if model else "",
             success=False,
-            provider=failure.provider_type,
+            provider=model.provider_type if model else None,
             duration_ms=failure.duration_ms,
             error=code,
             finish_reasons=["error"],
+            fallback=model and _fallback(model),
         ),
     )
     return NewEvent(
@@ -141,6 +145,7 @@ def generation_events(
     """What one successful model call leaves in the log."""
     context = step_context(turn, ref.exec_id)
     message_id = message_id_of(turn, ref.iteration)
+    answer, model = outcome.answer, outcome.model
     message = Message(
         id=message_id,
         role=Role.AGENT,
@@ -149,7 +154,8 @@ def generation_events(
             *(ToolCallPart(id=call.id, name=call.name, arguments=call.arguments) for call in calls),
         ],
         created_at=now_timestamp(),
-        phase=Phase.FINAL_ANSWER if final else Phase.COMMENTARY,
+        # A provider that tells phases apart knows better than we do, except that a turn's end is its answer.
+        phase=Phase.FINAL_ANSWER if final else answer.phase or Phase.COMMENTARY,
     )
     retry = (
         RetryMetadata(attempts=state.step_failures, total_wait_ms=state.step_wait_ms) if state.step_failures else None
@@ -160,36 +166,69 @@ def generation_events(
         tools=_generation_tools(outcome.offered_tools) or None,
         output=GenerationOutput(text=outcome.text or None, tool_calls=calls or None),
         metadata=GenerationMetadata(
-            model=outcome.model.name,
+            model=model.name,
             success=True,
-            provider=outcome.model.provider_type,
-            usage=outcome.usage,
-            duration_ms=outcome.duration_ms,
-            time_to_first_token_ms=outcome.time_to_first_token_ms,
-            finish_reasons=[outcome.finish_reason],
-            response_id=outcome.response_id,
+            provider=model.provider_type,
+            usage=answer.usage,
+            duration_ms=answer.duration_ms,
+            time_to_first_token_ms=answer.time_to_first_token_ms,
+            finish_reasons=[answer.finish_reason],
+            response_id=answer.response_id,
             retry=retry,
-            request_options=RequestOptions(reasoning_effort=turn.reasoning_effort, stream=True),
+            request_options=_request_options(turn.controls),
+            dropped_options=answer.dropped_options or None,
+            fallback=_fallback(model),
         ),
     )
-    output = OutputMessageCompleted(message=message, metadata=model_metadata(outcome.model), usage=outcome.usage)
+    output = OutputMessageCompleted(message=message, metadata=model_metadata(model), usage=answer.usage)
     completed = ReasonCompleted(
         success=True,
         has_tool_calls=bool(calls),
         tool_call_count=len(calls),
         text_preview=preview(outcome.text),
-        duration_ms=outcome.duration_ms,
-        usage=outcome.usage,
+        duration_ms=answer.duration_ms,
+        usage=answer.usage,
         attempts=ref.attempt if ref.attempt > 1 else None,
     )
-    thought = ReasonThinkingCompleted(turn_id=ref.turn_id, thinking=outcome.thinking) if outcome.thinking else None
+    thought = ReasonThinkingCompleted(turn_id=ref.turn_id, thinking=answer.thinking) if answer.thinking else None
     keyed: list[tuple[EventPayload | None, str]] = [
         (thought, f"reason.thinking.completed:{ref.exec_id}"),
+        *(
+            (_reason_item(ref, model, item), f"reason.item:{ref.exec_id}:{item.item_id}")
+            for item in answer.reasoning_items
+        ),
         (generation, f"llm.generation:{ref.exec_id}:{ref.attempt}"),
         (output, f"output.message.completed:{message_id}"),
         (completed, f"reason.completed:{ref.exec_id}"),
     ]
     return [NewEvent(data=data, context=context, dedupe_key=key) for data, key in keyed if data is not None]
+
+
+def _reason_item(ref: StepRef, model: ResolvedModel, item: ReasoningItem) -> ReasonItem:
+    return ReasonItem(
+        turn_id=ref.turn_id,
+        provider=model.provider_type,
+        item_id=item.item_id,
+        model=model.name,
+        summary=item.summary or None,
+        token_count=item.token_count,
+    )
+
+
+def _request_options(controls: Controls) -> RequestOptions:
+    """What was asked for; `dropped_options` names what of it was not sent."""
+    return RequestOptions(
+        reasoning_effort=controls.reasoning and controls.reasoning.effort,
+        verbosity=controls.verbosity,
+        speed=controls.speed,
+        response_format=controls.response_format and controls.response_format.type,
+        stream=True,
+    )
+
+
+def _fallback(model: ResolvedModel) -> GenerationFallback | None:
+    left = model.instead_of
+    return left and GenerationFallback(model=left.model, model_id=left.model_id, reason=left.reason)
 
 
 def turn_completed_event(turn: TurnRow, iteration: int, text: str, *, at_limit: bool) -> NewEvent:
@@ -212,11 +251,12 @@ def turn_completed_event(turn: TurnRow, iteration: int, text: str, *, at_limit: 
 def after_step(turn: TurnRow, outcome: ReasonOutcome, calls: int) -> TurnRow:
     """The turn's totals with this step in them. The first token's delay counts from the beginning of the turn."""
     first_token = turn.time_to_first_token_ms
-    if first_token is None and outcome.time_to_first_token_ms is not None:
-        first_token = max(0, duration_ms(turn) - outcome.duration_ms + outcome.time_to_first_token_ms)
+    answer = outcome.answer
+    if first_token is None and answer.time_to_first_token_ms is not None:
+        first_token = max(0, duration_ms(turn) - answer.duration_ms + answer.time_to_first_token_ms)
     return msgspec.structs.replace(
         turn,
-        usage=turn.usage + outcome.usage,
+        usage=turn.usage + answer.usage,
         llm_call_count=turn.llm_call_count + 1,
         tool_call_count=turn.tool_call_count + calls,
         time_to_first_token_ms=first_token,

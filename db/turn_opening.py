@@ -28,7 +28,7 @@ WITH active AS (
     WHERE session_id = $3
 )
 INSERT INTO turns (id, org_id, session_id, agent_id, agent_public_id, harness_id, config, input_message_id,
-    reasoning_effort, timezone, input_sequences)
+    controls, timezone, input_sequences)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) RETURNING {TURN_COLUMNS}
 """  # noqa: S608
 
@@ -73,7 +73,7 @@ async def open_turn(work: SessionTransaction, state: StateRow, turn_id: str) -> 
         layers.harness_id,
         msgspec.json.encode(fold([*layers.layers, controls_layer(controls)])).decode(),
         message_ids[0],
-        controls.reasoning.effort if controls is not None and controls.reasoning is not None else None,
+        None if controls is None else msgspec.json.encode(controls).decode(),
         _timezone(inputs),
         sequences,
         model_key,

@@ -14,17 +14,20 @@ from db.event_log import SessionTransaction
 from domain.config import TurnConfig
 from domain.events import EventContext, TokenUsage
 from domain.ids import Prefix, format_id, parse_id
+from domain.messages import Controls
 from domain.turns import ReasonResult, SessionGone, StepRef
 
 _LOCK_STATE: Final = """
 SELECT org_id, status, last_sequence, turn_id, turn_count, step_exec_id, step_attempt, step_starts, step_releases,
-       step_failures, step_wait_ms, model_id,
-       input_tokens, output_tokens, cache_read_tokens, cache_creation_tokens
+       step_failures, step_model_failures, step_wait_ms, model_id, token_ratio,
+       input_tokens, output_tokens, cache_read_tokens, cache_creation_tokens,
+       estimated_cost_usd, actual_cost_usd, effective_cost_usd
 FROM session_state WHERE session_id = $1 FOR NO KEY UPDATE
 """
 TURN_COLUMNS: Final = """id, status, iteration, input_sequences, harness_id, agent_public_id, config, input_message_id,
-    reasoning_effort, timezone, open_message_id, open_exec_id, last_result, last_error, last_error_code, input_tokens,
-    output_tokens, cache_read_tokens, cache_creation_tokens, llm_call_count, tool_call_count, time_to_first_token_ms,
+    controls, timezone, open_message_id, open_exec_id, last_result, last_error, last_error_code, last_error_fields,
+    model_index, input_tokens, output_tokens, cache_read_tokens, cache_creation_tokens,
+    estimated_cost_usd, actual_cost_usd, effective_cost_usd, llm_call_count, tool_call_count, time_to_first_token_ms,
     started_at"""
 _READ_TURN: Final = f"SELECT {TURN_COLUMNS} FROM turns WHERE id = $1"  # noqa: S608
 
@@ -40,8 +43,10 @@ class StateRow(Struct, frozen=True, kw_only=True):
     step_starts: int
     step_releases: int
     step_failures: int
+    step_model_failures: int
     step_wait_ms: int
     model_id: UUID | None
+    token_ratio: float | None
     usage: TokenUsage
 
 
@@ -55,12 +60,14 @@ class TurnRow(Struct, frozen=True, kw_only=True):
     input_message_id: str
     input_sequences: list[int]
     timezone: str | None
-    reasoning_effort: str | None
+    controls: Controls
     open_message_id: str | None
     open_exec_id: UUID | None
     last_result: ReasonResult | None
     last_error: str | None
     last_error_code: str | None
+    last_error_fields: dict[str, object]
+    model_index: int
     usage: TokenUsage
     llm_call_count: int
     tool_call_count: int
@@ -78,6 +85,22 @@ def _usage(row: asyncpg.Record) -> TokenUsage:
         output_tokens=row["output_tokens"],
         cache_read_tokens=row["cache_read_tokens"] or None,
         cache_creation_tokens=row["cache_creation_tokens"] or None,
+        estimated_cost_usd=row["estimated_cost_usd"] or None,
+        actual_cost_usd=row["actual_cost_usd"] or None,
+        effective_cost_usd=row["effective_cost_usd"] or None,
+    )
+
+
+def usage_columns(usage: TokenUsage) -> tuple[int | float, ...]:
+    """In the order of the columns: input, output, cache read, cache creation; estimated, actual, effective cost."""
+    return (
+        usage.input_tokens,
+        usage.output_tokens,
+        usage.cache_read_tokens or 0,
+        usage.cache_creation_tokens or 0,
+        usage.estimated_cost_usd or 0.0,
+        usage.actual_cost_usd or 0.0,
+        usage.effective_cost_usd or 0.0,
     )
 
 
@@ -97,8 +120,10 @@ async def lock_state(work: SessionTransaction) -> StateRow:
         step_starts=row["step_starts"],
         step_releases=row["step_releases"],
         step_failures=row["step_failures"],
+        step_model_failures=row["step_model_failures"],
         step_wait_ms=row["step_wait_ms"],
         model_id=row["model_id"],
+        token_ratio=row["token_ratio"],
         usage=_usage(row),
     )
 
@@ -110,7 +135,7 @@ async def read_turn(work: SessionTransaction, turn: UUID) -> TurnRow | None:
 
 def turn_row(row: asyncpg.Record) -> TurnRow:
     """A row of `TURN_COLUMNS`."""
-    result = row["last_result"]
+    result, controls, fields = row["last_result"], row["controls"], row["last_error_fields"]
     return TurnRow(
         id=row["id"],
         status=row["status"],
@@ -120,13 +145,15 @@ def turn_row(row: asyncpg.Record) -> TurnRow:
         config=msgspec.json.decode(row["config"], type=TurnConfig),
         input_message_id=row["input_message_id"],
         input_sequences=row["input_sequences"],
+        controls=Controls() if controls is None else msgspec.json.decode(controls, type=Controls),
         timezone=row["timezone"],
-        reasoning_effort=row["reasoning_effort"],
         open_message_id=row["open_message_id"],
         open_exec_id=row["open_exec_id"],
         last_result=None if result is None else msgspec.json.decode(result, type=ReasonResult),
         last_error=row["last_error"],
         last_error_code=row["last_error_code"],
+        last_error_fields={} if fields is None else msgspec.json.decode(fields),
+        model_index=row["model_index"],
         usage=_usage(row),
         llm_call_count=row["llm_call_count"],
         tool_call_count=row["tool_call_count"],

@@ -11,11 +11,14 @@ from collections.abc import Sequence
 from typing import Final, Literal
 
 import msgspec
+import structlog
+from msgspec import Struct
 
-from db import inbox, tool_ledger
+from db import generations, inbox, tool_ledger
+from db.circuit_breakers import note_failure, note_success
 from db.event_log import EventLog, SessionTransaction, read_latest_conversation, read_partial_text
+from db.model_choice import ModelChooser, is_guarded
 from db.tool_ledger import OUTCOME_UNKNOWN
-from db.turn_config import resolve_model
 from db.turn_ending import close_partial_message, close_turn, end_turn
 from db.turn_events import (
     after_step,
@@ -27,16 +30,19 @@ from db.turn_events import (
     turn_completed_event,
 )
 from db.turn_opening import open_turn
-from db.turn_rows import StateRow, TurnRow, fence, lock_state, read_turn, step_context, step_key
+from db.turn_rows import StateRow, TurnRow, fence, lock_state, read_turn, step_context, step_key, usage_columns
 from domain.conversation import conversation_of
-from domain.events import EventPayload, NewEvent, ReasonRecovered, TokenUsage
+from domain.events import EventPayload, NewEvent, ReasonRecovered, ReasonThinkingDelta
 from domain.ids import Prefix, format_id, parse_id
-from domain.model import USER_ERRORS
+from domain.model import BREAKER_FAILURES, RETRYABLE, USER_ERRORS, ModelErrorKind, ResumePoint
 from domain.tools import SideEffect
 from domain.turns import (
     ActResult,
+    ArrivedAnswer,
+    FailureVerdict,
     FinishInput,
     FinishResult,
+    GenerationNote,
     NoProgress,
     PlannedCall,
     ReasonBriefing,
@@ -44,12 +50,15 @@ from domain.turns import (
     ReasonNext,
     ReasonOutcome,
     ReasonResult,
+    ResolvedModel,
     StepFenced,
     StepRef,
     ToolClaim,
     ToolSettlement,
 )
-from workflows.contract import LOST_ATTEMPTS_BEFORE_SEAL
+from workflows.contract import LOST_ATTEMPTS_BEFORE_SEAL, MODEL_ATTEMPTS
+
+log = structlog.get_logger(__name__)
 
 HISTORY_EVENTS: Final = 2_000
 """Log rows a prompt is built from, newest first: what keeps turn 10,000 as cheap as turn 1. Older rows are left out."""
@@ -57,27 +66,45 @@ HISTORY_EVENTS: Final = 2_000
 _ENTER_STEP: Final = """
 WITH opened AS (UPDATE turns SET open_message_id = $2, open_exec_id = $3 WHERE id = $1)
 UPDATE session_state SET status = 'active', step_exec_id = $3, step_attempt = $4, step_starts = $5, step_releases = $6,
-    step_failures = $7, step_wait_ms = $8
+    step_failures = $7, step_wait_ms = $8, step_model_failures = $10
 WHERE session_id = $9
 """
 _COMMIT_STEP: Final = """
 WITH stepped AS (
-    UPDATE turns SET iteration = $2, last_result = $3, open_message_id = NULL, open_exec_id = NULL, input_tokens = $4,
-        output_tokens = $5, cache_read_tokens = $6, cache_creation_tokens = $7, llm_call_count = $8, tool_call_count = $9,
-        time_to_first_token_ms = $10 WHERE id = $1
+    UPDATE turns SET iteration = $2, last_result = $3, open_message_id = NULL, open_exec_id = NULL, llm_call_count = $4,
+        tool_call_count = $5, time_to_first_token_ms = $6, input_tokens = $10, output_tokens = $11, cache_read_tokens = $12,
+        cache_creation_tokens = $13, estimated_cost_usd = $14, actual_cost_usd = $15, effective_cost_usd = $16 WHERE id = $1
 )
-UPDATE session_state SET input_tokens = $12, output_tokens = $13, cache_read_tokens = $14, cache_creation_tokens = $15,
-    output_preview = coalesce($16, output_preview) WHERE session_id = $11
+UPDATE session_state SET output_preview = coalesce($8, output_preview), token_ratio = coalesce($9, token_ratio),
+    input_tokens = $17, output_tokens = $18, cache_read_tokens = $19, cache_creation_tokens = $20,
+    estimated_cost_usd = $21, actual_cost_usd = $22, effective_cost_usd = $23 WHERE session_id = $7
 """
-_NOTE_FAILURE: Final = """UPDATE session_state SET step_failures = step_failures + 1, step_wait_ms = step_wait_ms + $2
-    WHERE session_id = $1"""
+_NOTE_FAILURE: Final = """UPDATE session_state SET step_failures = step_failures + 1, step_wait_ms = step_wait_ms + $2,
+    step_model_failures = $3 WHERE session_id = $1"""
 _NOTE_RELEASE: Final = "UPDATE session_state SET step_releases = step_releases + 1 WHERE session_id = $1"
-_NOTE_ERROR: Final = "UPDATE turns SET last_error = $2, last_error_code = $3 WHERE id = $1"
+_NOTE_ERROR: Final = """UPDATE turns SET last_error = $2, last_error_code = $3, last_error_fields = $4, model_index = $5
+    WHERE id = $1"""
+
+TOKEN_RATIO_RANGE: Final = (0.25, 4.0)
+"""Beyond it a provider's count says more about something we did not estimate (an image) than about our estimate."""
+
+RESUMABLE_FAILURES: Final = frozenset({ModelErrorKind.TRANSPORT, ModelErrorKind.STREAM_CUT, ModelErrorKind.TIMEOUT})
+"""After these a generation may still run at its provider."""
+
+
+class Recovery(Struct, frozen=True, kw_only=True):
+    """What a lost attempt left that this one can use; the texts are those in the log."""
+
+    answer: ArrivedAnswer | None = None
+    resume: ResumePoint | None = None
+    text: str = ""
+    thinking: str = ""
 
 
 class TurnStore:
-    def __init__(self, log: EventLog) -> None:
+    def __init__(self, log: EventLog, models: ModelChooser) -> None:
         self._log = log
+        self._models = models
 
     # --- reason -------------------------------------------------------------------------------------------------------
 
@@ -101,30 +128,46 @@ class TurnStore:
                     raise StepFenced
                 if state.step_exec_id != step_key(ref):
                     read = await inbox.take_for_running_turn(work)
-                await self._make_history_legal(work, turn, ref, open_calls)
+            choice = await self._models.choose(work.connection, state.org_id, turn.config, turn.model_index)
+            recovery = Recovery()
+            if not opening:
+                recovery = await self._make_history_legal(work, turn, ref, choice.model, open_calls)
             await self._enter_step(work, state, turn, ref)
-            model = await resolve_model(work.connection, state.org_id, turn.config)
-            await work.append(*opening, *reason_started_events(ref, turn, model, read))
+            await work.append(*opening, *reason_started_events(ref, turn, choice.model, read))
             events, truncated = await read_latest_conversation(work.connection, ref.session_id, HISTORY_EVENTS)
             question = await inbox.messages_at(work, turn.input_sequences) if truncated else []
+            history = conversation_of(events, truncated=truncated, question=question)
+            states = await generations.read_states(work, history)
         return ReasonBriefing(
             message_id=message_id_of(turn, ref.iteration),
             config=turn.config,
-            history=conversation_of(events, truncated=truncated, question=question),
-            model=model,
+            history=history,
+            model=choice.model,
+            problem=choice.problem,
             input_message_id=turn.input_message_id,
             harness_id=format_id(Prefix.HARNESS, turn.harness_id),
             agent_id=turn.agent_public_id,
-            reasoning_effort=turn.reasoning_effort,
+            controls=turn.controls,
             timezone=turn.timezone,
+            states=states,
+            answer=recovery.answer,
+            resume=recovery.resume,
+            partial_text=recovery.text,
+            partial_thinking=recovery.thinking,
         )
 
     async def commit_reason(self, ref: StepRef, outcome: ReasonOutcome) -> ReasonResult:
+        result = await self._commit_reason(ref, outcome)
+        if outcome.model.trying:
+            await note_success(self._log.pool, parse_id(Prefix.MODEL, outcome.model.public_id))
+        return result
+
+    async def _commit_reason(self, ref: StepRef, outcome: ReasonOutcome) -> ReasonResult:
         async with self._log.transaction(ref.session_id) as work:
             state, turn = await self._running_step(work, ref)
             if turn.iteration >= ref.iteration and turn.last_result is not None:
                 return turn.last_result
-            planned = await tool_ledger.with_free_ids(work, outcome.calls)
+            planned = await tool_ledger.with_free_ids(work, outcome.answer.calls)
             unread = await inbox.unread(work)
             steered = not planned and any(item.for_running_turn for item in unread)
             calls = [item.call for item in planned]
@@ -139,20 +182,24 @@ class TurnStore:
             done = result.next is ReasonNext.DONE
             result = msgspec.structs.replace(result, more=done and bool(unread), model=outcome.model.name)
             turn = after_step(turn, outcome, len(planned))
-            usage = state.usage + outcome.usage
+            usage = state.usage + outcome.answer.usage
             await work.connection.execute(
                 _COMMIT_STEP,
                 turn.id,
                 ref.iteration,
                 msgspec.json.encode(result).decode(),
-                *_buckets(turn.usage),
                 turn.llm_call_count,
                 turn.tool_call_count,
                 turn.time_to_first_token_ms,
                 work.key,
-                *_buckets(usage),
                 preview(outcome.text),
+                _token_ratio(outcome),
+                *usage_columns(turn.usage),
+                *usage_columns(usage),
             )
+            await generations.forget_running(work)
+            if outcome.answer.state is not None:
+                await generations.keep_state(work, message_id_of(turn, ref.iteration), outcome.answer.state)
             if not done:
                 await work.append(*events)
                 return result
@@ -189,27 +236,48 @@ class TurnStore:
             serial=turn.config.parallel_tool_calls is False,
         )
 
-    async def fail_reason(self, ref: StepRef, failure: ReasonFailure) -> int:
+    async def fail_reason(self, ref: StepRef, failure: ReasonFailure) -> FailureVerdict:
         async with self._log.transaction(ref.session_id) as work:
             state, turn = await self._running_step(work, ref)
-            await work.connection.execute(_NOTE_FAILURE, work.key, failure.retry_in_ms)
+            failures = state.step_model_failures + 1
+            verdict = FailureVerdict(retry=failure.kind in RETRYABLE and failures < MODEL_ATTEMPTS)
+            index = turn.model_index
+            if not verdict.retry:
+                following = await self._models.next_after(work.connection, state.org_id, turn.config, index)
+                if following is not None:
+                    verdict, index, failures = FailureVerdict(retry=True, fallback=True), following, 0
+            waited_ms = failure.retry_in_ms if verdict.retry and not verdict.fallback else 0
+            await work.connection.execute(_NOTE_FAILURE, work.key, waited_ms, failures)
             code, _ = USER_ERRORS[failure.kind]
-            await work.connection.execute(_NOTE_ERROR, turn.id, failure.error, code)
+            fields = msgspec.json.encode(failure.fields).decode()
+            await work.connection.execute(_NOTE_ERROR, turn.id, failure.error, code, fields, index)
+            if failure.kind not in RESUMABLE_FAILURES or verdict.fallback:
+                await generations.forget_running(work)
             await work.append(generation_failed_event(ref, turn, failure))
-        return state.step_failures + 1
+        if failure.model is not None and failure.kind in BREAKER_FAILURES and is_guarded(failure.model):
+            model = parse_id(Prefix.MODEL, failure.model.public_id)
+            if await note_failure(self._log.pool, state.org_id, model):
+                log.warning("circuit breaker opened", model=failure.model.name, model_id=failure.model.public_id)
+        return verdict
 
     async def release_step(self, ref: StepRef) -> None:
         async with self._log.transaction(ref.session_id) as work:
             await self._running_step(work, ref)
             await work.connection.execute(_NOTE_RELEASE, work.key)
 
-    async def append(self, ref: StepRef, events: Sequence[NewEvent]) -> None:
-        await self._log.append(ref.session_id, events, fence=fence(ref))
+    async def append(self, ref: StepRef, events: Sequence[NewEvent], note: GenerationNote | None = None) -> None:
+        if note is None:
+            await self._log.append(ref.session_id, events, fence=fence(ref))
+            return
+        async with self._log.transaction(ref.session_id) as work:
+            await work.append(*events, fence=fence(ref))
+            if await work.connection.execute(generations.NOTE, *generations.note_arguments(ref, note)) == "INSERT 0 0":
+                raise StepFenced
 
     async def _enter_step(self, work: SessionTransaction, state: StateRow, turn: TurnRow, ref: StepRef) -> None:
         """Make this attempt the only one that may write. Raises `StepFenced` or `NoProgress`."""
         exec_id = step_key(ref)
-        starts, releases, failures, waited_ms = 0, 0, 0, 0
+        starts, releases, failures, model_failures, waited_ms = 0, 0, 0, 0, 0
         if state.step_exec_id == exec_id:
             if state.step_attempt > ref.attempt:
                 raise StepFenced
@@ -217,6 +285,7 @@ class TurnStore:
             starts = state.step_starts - (state.step_attempt == ref.attempt)
             releases = state.step_releases
             failures, waited_ms = state.step_failures, state.step_wait_ms
+            model_failures = state.step_model_failures
         # An attempt that began and left no word of its end went down with its worker. One that never got here does not
         # count: a database that is away is no reason to give a turn up.
         if starts - releases - failures >= LOST_ATTEMPTS_BEFORE_SEAL:
@@ -232,29 +301,37 @@ class TurnStore:
             failures,
             waited_ms,
             work.key,
+            model_failures,
         )
 
     async def _make_history_legal(
-        self, work: SessionTransaction, turn: TurnRow, ref: StepRef, open_calls: Literal["interrupted", "timed_out"]
-    ) -> None:
-        """Before a model call: no call without a result, and no message left half written."""
+        self,
+        work: SessionTransaction,
+        turn: TurnRow,
+        ref: StepRef,
+        model: ResolvedModel | None,
+        open_calls: Literal["interrupted", "timed_out"],
+    ) -> Recovery:
+        """Before a model call: no call without a result, and no message left half written, unless it can be gone on with."""
         await tool_ledger.settle_open_calls(work, turn, open_calls)
         message_id = message_id_of(turn, ref.iteration)
         if turn.open_message_id != message_id:
             await close_partial_message(work, turn)
-            return
-        partial = await read_partial_text(work.connection, work.session_id, message_id)
-        if partial:
+            return Recovery()
+        text = await read_partial_text(work.connection, work.session_id, message_id)
+        recovery = await _recovery(work, ref, model, message_id, text)
+        if text and recovery.resume is None:
             recovered = ReasonRecovered(
                 turn_id=ref.turn_id,
-                mode="restart",
-                accumulated_len=len(partial),
+                mode="restart" if recovery.answer is None else "finalize",
+                accumulated_len=len(text),
                 message_id=message_id,
                 attempt=ref.attempt,
             )
             context = step_context(turn, ref.exec_id)
             key = f"reason.recovered:{ref.exec_id}:{ref.attempt}"
             await work.append(NewEvent(data=recovered, context=context, dedupe_key=key))
+        return recovery
 
     # --- act ----------------------------------------------------------------------------------------------------------
 
@@ -266,7 +343,13 @@ class TurnStore:
                 raise StepFenced
             if row.status == "settled":
                 return ActResult(waiting=state.status == "waiting_for_tool_results")
-            claim = ToolClaim(call=row.call, config=turn.config, side_effect=row.side_effect, timezone=turn.timezone)
+            claim = ToolClaim(
+                call=row.call,
+                config=turn.config,
+                side_effect=row.side_effect,
+                timezone=turn.timezone,
+                problem=row.problem,
+            )
             if row.status == "running" and (row.attempt, row.worker) == (ref.attempt, ref.worker):
                 # Claimed already, by this very attempt: the answer to its commit was lost, and nothing has run yet.
                 return claim
@@ -336,5 +419,24 @@ class TurnStore:
         return state, turn
 
 
-def _buckets(usage: TokenUsage) -> tuple[int, int, int, int]:
-    return (usage.input_tokens, usage.output_tokens, usage.cache_read_tokens or 0, usage.cache_creation_tokens or 0)
+async def _recovery(
+    work: SessionTransaction, ref: StepRef, model: ResolvedModel | None, message_id: str, text: str
+) -> Recovery:
+    running = await generations.read_running(work, step_key(ref))
+    if running is None or model is None or format_id(Prefix.MODEL, running.model) != model.public_id:
+        return Recovery()
+    thinking = await read_partial_text(work.connection, work.session_id, message_id, ReasonThinkingDelta.event_type)
+    if running.answer is not None and running.answer.text_length == len(text):
+        return Recovery(answer=running.answer, text=text, thinking=thinking)
+    if running.resume is not None:
+        return Recovery(resume=running.resume, text=text, thinking=thinking)
+    return Recovery()
+
+
+def _token_ratio(outcome: ReasonOutcome) -> float | None:
+    """The provider's count of the prompt over our raw estimate of it."""
+    counted = outcome.answer.usage.prompt_tokens
+    if not outcome.estimated_prompt_tokens or not counted:
+        return None
+    low, high = TOKEN_RATIO_RANGE
+    return min(high, max(low, counted / outcome.estimated_prompt_tokens))

@@ -8,7 +8,7 @@ The result is pinned when a turn begins; an edit takes effect at the next turn.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Final, Literal, TypeVar
 
 from msgspec import Struct
 
@@ -20,6 +20,13 @@ D = TypeVar("D")
 
 DEFAULT_MAX_ITERATIONS = 500
 """Model calls per turn; a guard against loops, far above any useful turn."""
+
+Disclosure = Literal["generic", "standard", "detailed"]
+"""How much of a failure is told: that there was one; its code and fields; also the provider's words."""
+
+DISCLOSURES: Final[tuple[Disclosure, ...]] = ("generic", "standard", "detailed")
+ERROR_DISCLOSURE: Final = "error_disclosure"
+"""Id of the capability that sets the level."""
 
 
 class CapabilityRef(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -51,14 +58,19 @@ class ConfigLayer(Struct, frozen=True, kw_only=True):
     mcp_servers: dict[str, object] | None = None
     network_access: NetworkAccessList | None = None
     model_id: str | None = None
+    fallback_model_ids: list[str] = []
     max_iterations: int | None = None
     parallel_tool_calls: bool | None = None
     locale: str | None = None
     hints: dict[str, object] | None = None
+    error_disclosure: Disclosure | None = None
 
 
 class TurnConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The folded configuration. `model_id` is a public id (`model_…`) or None for the system default."""
+    """The folded configuration. `model_id` is a public id (`model_…`) or None for the organization's default.
+
+    `fallback_model_ids` are tried in order when the model before them is exhausted or its circuit breaker is open.
+    """
 
     system_prompt: str = ""
     capabilities: list[CapabilityRef] = []
@@ -67,6 +79,8 @@ class TurnConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
     mcp_servers: dict[str, object] = {}
     network_access: NetworkAccessList = NetworkAccessList()
     model_id: str | None = None
+    fallback_model_ids: list[str] = []
+    error_disclosure: Disclosure = "standard"
     max_iterations: int = DEFAULT_MAX_ITERATIONS
     parallel_tool_calls: bool | None = None
     locale: str | None = None
@@ -76,19 +90,27 @@ class TurnConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
 def controls_layer(controls: Controls | None) -> ConfigLayer:
     if controls is None:
         return ConfigLayer()
-    return ConfigLayer(model_id=controls.model_id, locale=controls.locale, hints=controls.hints)
+    return ConfigLayer(
+        model_id=controls.model_id,
+        locale=controls.locale,
+        hints=controls.hints,
+        error_disclosure=controls.error_disclosure,
+    )
 
 
 def fold(layers: Sequence[ConfigLayer]) -> TurnConfig:
     """Fold layers, base first."""
+    capabilities = _merge((ref.ref, ref) for layer in layers for ref in layer.capabilities)
     return TurnConfig(
         system_prompt="\n\n".join(layer.system_prompt for layer in layers if layer.system_prompt),
-        capabilities=_merge((ref.ref, ref) for layer in layers for ref in layer.capabilities),
+        capabilities=capabilities,
         tools=_first_wins((tool.name, tool) for layer in layers for tool in layer.tools),
         initial_files=_merge((file.path, file) for layer in layers for file in layer.initial_files),
         mcp_servers={key: server for layer in layers for key, server in (layer.mcp_servers or {}).items()},
         network_access=_fold_network([layer.network_access for layer in layers if layer.network_access]),
         model_id=_last([layer.model_id for layer in layers], None),
+        fallback_model_ids=_last([layer.fallback_model_ids or None for layer in layers], []),
+        error_disclosure=_disclosure(capabilities, [layer.error_disclosure for layer in layers]),
         max_iterations=_last([layer.max_iterations for layer in layers], DEFAULT_MAX_ITERATIONS),
         parallel_tool_calls=_last([layer.parallel_tool_calls for layer in layers], None),
         locale=_last([layer.locale for layer in layers], None),
@@ -110,6 +132,13 @@ def _first_wins(pairs: Iterable[tuple[str, T]]) -> list[T]:
     for key, value in pairs:
         merged.setdefault(key, value)
     return list(merged.values())
+
+
+def _disclosure(capabilities: Sequence[CapabilityRef], wishes: Sequence[Disclosure | None]) -> Disclosure:
+    """The capability sets the level; wishes, which come with messages, may only narrow it."""
+    config = next((ref.config for ref in capabilities if ref.ref == ERROR_DISCLOSURE), None) or {}
+    level = next((one for one in DISCLOSURES if one == config.get("level")), "standard")
+    return min([level, *(wish for wish in wishes if wish is not None)], key=DISCLOSURES.index)
 
 
 def _fold_network(lists: Sequence[NetworkAccessList]) -> NetworkAccessList:

@@ -20,10 +20,13 @@
         Archived                       409 archived
         NotWaitingForToolResults       409 not_waiting_for_tool_results
         ResourceLimit                  409 resource_limit
+        KeyRefused                     409 key_refused
       PayloadTooLarge                  413 payload_too_large
       UnsupportedMediaType             415 unsupported_media_type
       TooManyStreams                   429 sse_limit
+      ProviderUnavailable              502 provider_unavailable
       DependencyUnavailable            503 dependency_unavailable
+      EncryptionNotConfigured          503 encryption_not_configured
 
 The class docstring is the default message. Texts are for users: no SQL, no host, no stack.
 """
@@ -166,6 +169,12 @@ class ResourceLimit(Conflict):
     code = "resource_limit"
 
 
+class KeyRefused(Conflict):
+    """The AI provider did not accept the API key"""
+
+    code = "key_refused"
+
+
 class PayloadTooLarge(EverrunsError):
     """The request body is too large"""
 
@@ -187,10 +196,24 @@ class TooManyStreams(EverrunsError):
     status = 429
 
 
+class ProviderUnavailable(EverrunsError):
+    """The AI provider could not be asked; try again shortly"""
+
+    code = "provider_unavailable"
+    status = 502
+
+
 class DependencyUnavailable(EverrunsError):
     """A service that this request needs is not reachable right now"""
 
     code = "dependency_unavailable"
+    status = 503
+
+
+class EncryptionNotConfigured(EverrunsError):
+    """Secrets cannot be stored: SECRETS_ENCRYPTION_KEY is not set"""
+
+    code = "encryption_not_configured"
     status = 503
 
 

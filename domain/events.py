@@ -91,12 +91,23 @@ CONVERSATION_TYPES: Final = ("input.message", "output.message.completed", "tool.
 
 
 class TokenUsage(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Token counts in disjoint buckets: `input_tokens` excludes what was read from or written to a cache."""
+    """Token counts in disjoint buckets: `input_tokens` excludes what was read from or written to a cache.
+
+    Costs are in US dollars: `actual` as the provider reported it, `estimated` from the model's price list, `effective` the better
+    of the two, which is what totals add up. A cost that is not known is left out.
+    """
 
     input_tokens: int
     output_tokens: int
     cache_read_tokens: int | None = None
     cache_creation_tokens: int | None = None
+    actual_cost_usd: float | None = None
+    estimated_cost_usd: float | None = None
+    effective_cost_usd: float | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.input_tokens + (self.cache_read_tokens or 0) + (self.cache_creation_tokens or 0)
 
     def __add__(self, other: TokenUsage) -> TokenUsage:
         return TokenUsage(
@@ -104,7 +115,14 @@ class TokenUsage(Struct, frozen=True, kw_only=True, omit_defaults=True):
             output_tokens=self.output_tokens + other.output_tokens,
             cache_read_tokens=(self.cache_read_tokens or 0) + (other.cache_read_tokens or 0) or None,
             cache_creation_tokens=(self.cache_creation_tokens or 0) + (other.cache_creation_tokens or 0) or None,
+            actual_cost_usd=_sum(self.actual_cost_usd, other.actual_cost_usd),
+            estimated_cost_usd=_sum(self.estimated_cost_usd, other.estimated_cost_usd),
+            effective_cost_usd=_sum(self.effective_cost_usd, other.effective_cost_usd),
         )
+
+
+def _sum(one: float | None, other: float | None) -> float | None:
+    return None if one is None and other is None else (one or 0.0) + (other or 0.0)
 
 
 class ModelMetadata(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -271,6 +289,18 @@ class ReasonThinkingCompleted(EventPayload, frozen=True, kw_only=True):
     thinking: str
 
 
+class ReasonItem(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
+    """That a provider reasoned, and its summary; what it keeps encrypted never leaves the engine."""
+
+    event_type = "reason.item"
+    turn_id: str
+    provider: str
+    item_id: str
+    model: str | None = None
+    summary: list[str] | None = None
+    token_count: int | None = None
+
+
 class ActStarted(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
     event_type = "act.started"
     tool_calls: list[ToolCallSummary]
@@ -369,7 +399,18 @@ class RequestOptions(Struct, frozen=True, kw_only=True, omit_defaults=True):
     temperature: float | None = None
     max_tokens: int | None = None
     reasoning_effort: str | None = None
+    verbosity: str | None = None
+    speed: str | None = None
+    response_format: str | None = None
     stream: bool | None = None
+
+
+class GenerationFallback(Struct, frozen=True, kw_only=True):
+    """The model that was to answer, and why another one did."""
+
+    model: str
+    model_id: str
+    reason: Literal["exhausted", "circuit_open"]
 
 
 class GenerationMetadata(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -384,6 +425,8 @@ class GenerationMetadata(Struct, frozen=True, kw_only=True, omit_defaults=True):
     response_id: str | None = None
     retry: RetryMetadata | None = None
     request_options: RequestOptions | None = None
+    dropped_options: list[str] | None = None
+    fallback: GenerationFallback | None = None
 
 
 class LlmGeneration(EventPayload, frozen=True, kw_only=True, omit_defaults=True):

@@ -23,6 +23,7 @@ DESCRIPTION_MAX_BYTES: Final = 10 * 1024
 PROMPT_MAX_BYTES: Final = 1024 * 1024
 MAX_CAPABILITIES: Final = 250
 MAX_TOOLS: Final = 250
+MAX_FALLBACK_MODELS: Final = 8
 MAX_TAGS: Final = 100
 TAG_MAX_BYTES: Final = 256
 MAX_INITIAL_FILES: Final = 250
@@ -38,6 +39,7 @@ BODY_MAX_BYTES: Final = 4 * 1024 * 1024
 MAX_HARNESSES_PER_ORG: Final = 50
 MAX_AGENTS_PER_ORG: Final = 500
 MAX_SESSIONS_PER_ORG: Final = 10_000
+MAX_PROVIDERS_PER_ORG: Final = 100
 """Rows that are not deleted. Counted without a lock: requests that race may overshoot by their number, which harms nobody."""
 
 MAX_SEARCH_TOKENS: Final = 8
@@ -96,6 +98,16 @@ def check_tags(tags: Sequence[str]) -> None:
 def check_capability_refs(refs: Sequence[CapabilityRef]) -> None:
     """Sizes only: which capabilities exist is the registry's knowledge."""
     check_count(refs, "capabilities", MAX_CAPABILITIES)
+
+
+def check_fallback_models(model_ids: Sequence[str]) -> None:
+    check_count(model_ids, "fallback_model_ids", MAX_FALLBACK_MODELS)
+    for index, model_id in enumerate(model_ids):
+        check_id(Prefix.MODEL, model_id, f"fallback_model_ids[{index}]")
+        if model_id in model_ids[:index]:
+            raise InvalidInput(
+                f"fallback_model_ids[{index}]: `{model_id}` is listed twice", field=f"fallback_model_ids[{index}]"
+            )
 
 
 def check_tools(tools: Sequence[ClientSideTool]) -> None:

@@ -323,7 +323,8 @@ def prompts_are_legal(log: Log) -> Iterator[Problem]:
     steps = [place for place, event in enumerate(told) if event.type == "reason.started"]
     stride = max(1, -(-len(steps) // REBUILT_PROMPTS))
     for place in steps[::-stride]:
-        yield from ((told[place].sequence, problem) for problem in _illegal(conversation_of(told[: place + 1])))
+        prompt = conversation_of(told[: place + 1]).messages
+        yield from ((told[place].sequence, problem) for problem in _illegal(prompt))
 
 
 def _illegal(prompt: Sequence[Message]) -> Iterator[str]:

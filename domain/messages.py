@@ -77,6 +77,14 @@ class ReasoningControl(Struct, frozen=True, kw_only=True, omit_defaults=True):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
 
+class ResponseFormat(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the answer must look like: any JSON object, or one that fits `schema` (a JSON Schema). `name` is for the provider."""
+
+    type: Literal["json_schema", "json_object"]
+    name: str = "answer"
+    schema: dict[str, object] | None = None
+
+
 class Controls(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Per-message wishes; they win over session, agent and harness."""
 
@@ -87,6 +95,7 @@ class Controls(Struct, frozen=True, kw_only=True, omit_defaults=True):
     error_disclosure: Literal["generic", "standard", "detailed"] | None = None
     speed: Literal["flex", "default", "priority", "fast", "ultrafast"] | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
+    response_format: ResponseFormat | None = None
 
 
 class ExternalActor(Struct, frozen=True, kw_only=True, omit_defaults=True):

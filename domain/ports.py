@@ -8,6 +8,7 @@ from typing import Protocol
 from msgspec import Struct
 
 from domain.messages import Delivery
+from domain.model import DiscoveredModel, ModelEndpoint
 
 
 class TurnLabels(Struct, frozen=True, kw_only=True):
@@ -60,6 +61,12 @@ class TurnGateway(Protocol):
 class ModelOptionsCheck(Protocol):
     def __call__(self, provider_type: str, options: Mapping[str, object]) -> None:
         """Refuse options that the driver of this provider type could not use; raises `InvalidInput`."""
+        ...
+
+
+class ModelDiscovery(Protocol):
+    async def __call__(self, endpoint: ModelEndpoint) -> list[DiscoveredModel] | None:
+        """The provider's own list of models; None when it has none to give. Raises `ModelError`."""
         ...
 
 

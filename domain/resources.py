@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from domain.config import CapabilityRef, InitialFile, NetworkAccessList
+from domain.errors import InvalidInput
 from domain.events import TokenUsage
 from domain.ids import Prefix
 from domain.limits import (
@@ -20,6 +21,7 @@ from domain.limits import (
     PROMPT_MAX_BYTES,
     SHORT_TEXT_MAX_BYTES,
     check_capability_refs,
+    check_fallback_models,
     check_id,
     check_identity,
     check_initial_files,
@@ -29,6 +31,9 @@ from domain.limits import (
     check_text,
     check_tools,
 )
+from domain.model_profiles import ModelProfile
+from domain.provider_input import check_base_url, check_provider_type
+from domain.secret import Secret
 from domain.tools import ClientSideTool, ToolDefinition
 
 
@@ -66,6 +71,7 @@ class Harness(Struct, frozen=True, kw_only=True, omit_defaults=True):
     system_prompt: str | None = None
     parent_harness_id: str | None = None
     default_model_id: str | None = None
+    fallback_model_ids: list[str] = []
     mcp_servers: dict[str, object] | None = msgspec.field(name="mcpServers", default=None)
     network_access: NetworkAccessList | None = None
     parallel_tool_calls: bool | None = None
@@ -90,6 +96,7 @@ class Agent(Struct, frozen=True, kw_only=True, omit_defaults=True):
     display_name: str | None = None
     description: str | None = None
     default_model_id: str | None = None
+    fallback_model_ids: list[str] = []
     mcp_servers: dict[str, object] | None = msgspec.field(name="mcpServers", default=None)
     network_access: NetworkAccessList | None = None
     max_iterations: int | None = None
@@ -132,6 +139,17 @@ class Session(Struct, frozen=True, kw_only=True, omit_defaults=True):
     finished_at: str | None = None
 
 
+class TraceConfig(Struct, frozen=True, kw_only=True):
+    """Links from a conversation to the provider's own dashboard. Templates hold `{response_id}` and the like."""
+
+    enabled: bool
+    session_url_template: str | UnsetType = UNSET
+    generation_url_template: str | UnsetType = UNSET
+
+
+ProviderStatus = Literal["active", "disabled"]
+
+
 class Provider(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Where models run. Keys are write-only; `api_key_set` tells whether there is one."""
 
@@ -139,10 +157,12 @@ class Provider(Struct, frozen=True, kw_only=True, omit_defaults=True):
     name: str
     provider_type: str
     api_key_set: bool
-    status: str
+    status: ProviderStatus
     created_at: str
     updated_at: str
     base_url: str | None = None
+    trace: TraceConfig | None = None
+    last_synced_at: str | None = None
 
 
 ModelSource = Literal["manual", "discovered", "predefined"]
@@ -165,12 +185,28 @@ class Model(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ModelWithProvider(Model, frozen=True, kw_only=True, omit_defaults=True):
-    """`healthy`: enabled, and its provider is ready to be used."""
+    """`healthy`: enabled, its provider active, with a driver and the key it needs, and its circuit breaker not open."""
 
     provider_name: str
     provider_type: str
     healthy: bool
     model_vendor: str | None = None
+    profile: ModelProfile | None = None
+
+
+class CircuitBreaker(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The breaker of one model. Open without `half_open_at`: an operator holds it open."""
+
+    key: str
+    state: Literal["closed", "open", "half_open"]
+    failure_count: int
+    success_count: int
+    updated_at: str
+    model: str
+    provider: str
+    opened_at: str | None = None
+    half_open_at: str | None = None
+    last_failure_at: str | None = None
 
 
 class Organization(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -185,7 +221,7 @@ class Organization(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ResourceStats(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Sessions, turns and tokens of a harness or an agent. Token counts are disjoint; cost is not known, so it is 0."""
+    """Sessions, turns, tokens and US dollars of a harness or an agent. Token counts are disjoint; an unknown cost counts 0."""
 
     session_count: int
     started_session_count: int
@@ -246,6 +282,7 @@ class NamedChanges(LayerChanges, frozen=True, kw_only=True):
     display_name: str | UnsetType | None = UNSET
     description: str | UnsetType | None = UNSET
     default_model_id: str | UnsetType | None = UNSET
+    fallback_model_ids: list[str] | UnsetType = UNSET
     status: Lifecycle | UnsetType = UNSET
 
     def check(self) -> None:
@@ -255,6 +292,8 @@ class NamedChanges(LayerChanges, frozen=True, kw_only=True):
         _text(self.display_name, "display_name", SHORT_TEXT_MAX_BYTES)
         _text(self.description, "description", DESCRIPTION_MAX_BYTES)
         _id(Prefix.MODEL, self.default_model_id, "default_model_id")
+        if self.fallback_model_ids is not UNSET:
+            check_fallback_models(self.fallback_model_ids)
 
 
 class HarnessChanges(NamedChanges, frozen=True, kw_only=True):
@@ -319,7 +358,32 @@ class SessionChanges(Struct, frozen=True, kw_only=True):
             check_tags(self.tags)
 
 
+class ProviderChanges(Struct, frozen=True, kw_only=True):
+    """`credentials` replace what is stored as a whole, None forgets it. `trace` is laid over what is stored."""
+
+    name: str | UnsetType = UNSET
+    provider_type: str | UnsetType = UNSET
+    base_url: str | UnsetType | None = UNSET
+    credentials: dict[str, Secret] | UnsetType | None = UNSET
+    trace: dict[str, object] | UnsetType | None = UNSET
+    status: ProviderStatus | UnsetType = UNSET
+
+    def check(self) -> None:
+        """What can be checked without knowing what is stored."""
+        if isinstance(self.name, str):
+            check_text(self.name, "name", SHORT_TEXT_MAX_BYTES)
+            if not self.name.strip():
+                raise InvalidInput("name must not be blank", field="name")
+        if isinstance(self.provider_type, str):
+            check_provider_type(self.provider_type)
+        if isinstance(self.base_url, str):
+            check_base_url(self.base_url)
+
+
 class ModelChanges(Struct, frozen=True, kw_only=True):
+    """With `provider_id` the model moves to another provider."""
+
+    provider_id: str | UnsetType = UNSET
     model_id: str | UnsetType = UNSET
     display_name: str | UnsetType = UNSET
     capabilities: list[str] | UnsetType = UNSET
@@ -328,6 +392,7 @@ class ModelChanges(Struct, frozen=True, kw_only=True):
     options: dict[str, object] | UnsetType = UNSET
 
     def check(self) -> None:
+        _id(Prefix.PROVIDER, self.provider_id, "provider_id")
         _text(self.model_id, "model_id", SHORT_TEXT_MAX_BYTES)
         _text(self.display_name, "display_name", SHORT_TEXT_MAX_BYTES)
 

@@ -14,8 +14,9 @@ from msgspec import Struct
 
 from domain.config import TurnConfig
 from domain.events import EventPayload, NewEvent, TokenUsage
-from domain.messages import ContentPart, Controls, Delivery, InputPart, Message
-from domain.model import ModelErrorKind
+from domain.messages import ContentPart, Controls, Delivery, InputPart, Message, Phase
+from domain.model import FinishReason, ModelEndpoint, ModelErrorKind, ProviderState, ReasoningItem, ResumePoint
+from domain.model_profiles import ModelProfile
 from domain.tools import SideEffect, ToolCall, ToolDefinition
 
 
@@ -136,10 +137,63 @@ class ResolvedModel(Struct, frozen=True, kw_only=True):
     provider_public_id: str
     provider_type: str
     options: dict[str, object] = {}
+    endpoint: ModelEndpoint = ModelEndpoint(provider_type="llmsim")
+    profile: ModelProfile | None = None
+    instead_of: FallbackFrom | None = None
+    """Set when this is a fallback."""
+    trying: bool = False
+    """Its circuit breaker is half open: this call decides."""
+
+
+class FallbackFrom(Struct, frozen=True, kw_only=True):
+    """The model that was to be called, and why another one is."""
+
+    model: str
+    model_id: str
+    reason: Literal["exhausted", "circuit_open"]
+
+
+class ModelProblem(Struct, frozen=True, kw_only=True):
+    """Why the model of a step cannot be called at all; for operators."""
+
+    kind: ModelErrorKind
+    message: str
+    retry_after_seconds: float | None = None
+
+
+class ArrivedAnswer(Struct, frozen=True, kw_only=True):
+    """A model call that is over, all but its text, which is in the log: what a later attempt needs to finish it."""
+
+    finish_reason: FinishReason
+    usage: TokenUsage
+    text_length: int
+    duration_ms: int
+    thinking: str = ""
+    calls: list[PlannedCall] = []
+    time_to_first_token_ms: int | None = None
+    response_id: str | None = None
+    phase: Phase | None = None
+    state: ProviderState | None = None
+    reasoning_items: list[ReasoningItem] = []
+    dropped_options: list[str] = []
+
+
+class GenerationNote(Struct, frozen=True, kw_only=True):
+    """How far a call of this model (`model_…`) has come, written with the text it belongs to."""
+
+    model_id: str
+    response_id: str | None = None
+    cursor: int = 0
+    answer: ArrivedAnswer | None = None
 
 
 class ReasonBriefing(Struct, frozen=True, kw_only=True):
-    """What a reason step starts from. `model` is None when nothing names one and there is no default."""
+    """What a reason step starts from. `model` is None when nothing names one and there is no default.
+
+    After an attempt that was lost in the middle, either `answer` is set (the whole answer had arrived: only its end is left to
+    write), or `resume` (the generation may go on where it was), or neither (begin anew; the log has been told).
+    `partial_text` and `partial_thinking` are what stands in the log in the first two cases.
+    """
 
     message_id: str
     config: TurnConfig
@@ -147,13 +201,22 @@ class ReasonBriefing(Struct, frozen=True, kw_only=True):
     model: ResolvedModel | None
     input_message_id: str
     harness_id: str
+    problem: ModelProblem | None = None
     agent_id: str | None = None
-    reasoning_effort: str | None = None
+    controls: Controls = Controls()
     timezone: str | None = None
+    states: dict[str, ProviderState] = {}
+    answer: ArrivedAnswer | None = None
+    resume: ResumePoint | None = None
+    partial_text: str = ""
+    partial_thinking: str = ""
 
 
 class PlannedCall(Struct, frozen=True, kw_only=True):
-    """A tool call the model asked for, with what the ledger must know about its tool."""
+    """A tool call the model asked for, with what the ledger must know about its tool.
+
+    `problem` is what was wrong with its arguments; such a call is answered with it and never runs.
+    """
 
     call: ToolCall
     kind: Literal["server", "client"]
@@ -161,33 +224,39 @@ class PlannedCall(Struct, frozen=True, kw_only=True):
     timeout_seconds: float
     concurrency_class: str | None = None
     display_name: str | None = None
+    problem: str | None = None
 
 
 class ReasonOutcome(Struct, frozen=True, kw_only=True):
-    """Everything one model call produced. `offered_tools` and `prompt` are for the `llm.generation` record."""
+    """Everything one model call produced. `offered_tools` and `prompt` are for the `llm.generation` record.
+
+    `estimated_prompt_tokens` is the raw estimate of the prompt, which the provider's count calibrates.
+    """
 
     model: ResolvedModel
     prompt: list[Message]
     offered_tools: list[ToolDefinition]
     text: str
-    thinking: str
-    calls: list[PlannedCall]
-    usage: TokenUsage
-    finish_reason: str
-    duration_ms: int
-    time_to_first_token_ms: int | None = None
-    response_id: str | None = None
+    answer: ArrivedAnswer
+    estimated_prompt_tokens: int = 0
 
 
 class ReasonFailure(Struct, frozen=True, kw_only=True):
-    """A model call that failed. `error` is for operators."""
+    """A model call that failed. `error` is for operators, `fields` are for clients."""
 
     kind: ModelErrorKind
     error: str
-    model: str
-    provider_type: str
+    model: ResolvedModel | None
     duration_ms: int
     retry_in_ms: int = 0
+    fields: dict[str, object] = {}
+
+
+class FailureVerdict(Struct, frozen=True, kw_only=True):
+    """What is to happen after a failed model call. `fallback`: another model is next, and there is nothing to wait for."""
+
+    retry: bool
+    fallback: bool = False
 
 
 class ToolClaim(Struct, frozen=True, kw_only=True):
@@ -197,6 +266,7 @@ class ToolClaim(Struct, frozen=True, kw_only=True):
     config: TurnConfig
     side_effect: SideEffect
     timezone: str | None = None
+    problem: str | None = None
 
 
 class ToolSettlement(Struct, frozen=True, kw_only=True):
@@ -227,8 +297,8 @@ class TurnState(Protocol):
 
     async def commit_reason(self, ref: StepRef, outcome: ReasonOutcome) -> ReasonResult: ...
 
-    async def fail_reason(self, ref: StepRef, failure: ReasonFailure) -> int:
-        """Note a failed attempt, so that it does not count as a lost one; returns how many failed in this step."""
+    async def fail_reason(self, ref: StepRef, failure: ReasonFailure) -> FailureVerdict:
+        """Note a failed attempt, so that it does not count as a lost one, and decide what comes after it."""
         ...
 
     async def release_step(self, ref: StepRef) -> None:
@@ -243,8 +313,8 @@ class TurnState(Protocol):
 
     async def finish(self, input: FinishInput) -> FinishResult: ...
 
-    async def append(self, ref: StepRef, events: Sequence[NewEvent]) -> None:
-        """Append events of a running reason step."""
+    async def append(self, ref: StepRef, events: Sequence[NewEvent], note: GenerationNote | None = None) -> None:
+        """Append events of a running reason step, and with them, in the same transaction, how far its call has come."""
         ...
 
     async def append_tool_event(self, ref: StepRef, call_id: str, payload: EventPayload) -> None:

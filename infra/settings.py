@@ -20,6 +20,10 @@ from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
+from domain.providers import PROVIDER_TYPES
+from domain.secret import Secret
+from infra import encryption
+
 MASK = "***"
 
 Grade = Literal["dev", "poc", "preview", "prod"]
@@ -156,6 +160,15 @@ def _database_url(text: str) -> str:
     return text
 
 
+def _encryption_key(text: str) -> Secret:
+    key = Secret(text)
+    try:
+        encryption.key_id_of(key)
+    except encryption.EncryptionKeyError as error:
+        raise _Refused(str(error)) from None
+    return key
+
+
 def _existing_file(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.is_file():
@@ -169,6 +182,10 @@ WEB_URL = Kind(accepts="an http:// or https:// URL, e.g. 'https://agents.example
 PORT_ADDRESS = Kind(accepts="'host:port', e.g. '0.0.0.0:9000' or '[::1]:9000'", parse=_listen_address)
 SERVER_ADDRESS = Kind(accepts="'host:port', e.g. 'localhost:7233'", parse=_server_address)
 DATABASE_URL = Kind(accepts="'postgresql://user:password@host:5432/database'", parse=_database_url)
+SECRET_TEXT = Kind(accepts="a text", parse=Secret)
+ENCRYPTION_KEY = Kind(
+    accepts="'key-id:base64 of 32 bytes', as `everruns secrets generate-key` prints it", parse=_encryption_key
+)
 EXISTING_FILE = Kind(accepts="the path of a readable file", parse=_existing_file)
 API_PATH = Kind(accepts="a path such as '/api', or '/' for none", parse=_api_prefix)
 ORIGINS = Kind(accepts="a comma-separated list of origins, e.g. 'https://app.example.com'", parse=_origins)
@@ -350,6 +367,65 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             kind=_integer(1, 1000),
             default="10",
             meaning="The largest number of pooled database connections a process opens.",
+        ),
+    ]
+    default_model: Annotated[
+        str | None,
+        About(
+            name="DEFAULT_MODEL",
+            group="Models",
+            kind=TEXT,
+            meaning="The model of conversations for which nothing else names one, by its provider's name for it.",
+        ),
+    ]
+    default_openai_api_key: Annotated[
+        Secret | None,
+        About(
+            name="DEFAULT_OPENAI_API_KEY",
+            group="Models",
+            kind=SECRET_TEXT,
+            secret=True,
+            meaning="Used for OpenAI providers that have no key of their own.",
+        ),
+    ]
+    default_anthropic_api_key: Annotated[
+        Secret | None,
+        About(
+            name="DEFAULT_ANTHROPIC_API_KEY",
+            group="Models",
+            kind=SECRET_TEXT,
+            secret=True,
+            meaning="Used for Anthropic providers that have no key of their own.",
+        ),
+    ]
+    default_gemini_api_key: Annotated[
+        Secret | None,
+        About(
+            name="DEFAULT_GEMINI_API_KEY",
+            group="Models",
+            kind=SECRET_TEXT,
+            secret=True,
+            meaning="Used for Google Gemini providers that have no key of their own.",
+        ),
+    ]
+    secrets_encryption_key: Annotated[
+        Secret | None,
+        About(
+            name=encryption.CURRENT_KEY,
+            group="Secrets",
+            kind=ENCRYPTION_KEY,
+            secret=True,
+            meaning="The key that encrypts secrets in the database, as `kek-v1:<base64 of 32 bytes>`.",
+        ),
+    ]
+    secrets_encryption_key_previous: Annotated[
+        Secret | None,
+        About(
+            name=encryption.PREVIOUS_KEY,
+            group="Secrets",
+            kind=ENCRYPTION_KEY,
+            secret=True,
+            meaning="The key before that one, while a rotation lasts: it still decrypts.",
         ),
     ]
     sse_realtime_cycle_seconds: Annotated[
@@ -591,6 +667,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         ),
     ]
 
+    @property
+    def default_keys(self) -> dict[str, Secret]:
+        """The keys of providers that have none of their own, by provider type."""
+        keys = {
+            name: getattr(self, known.default_key.lower())
+            for name, known in PROVIDER_TYPES.items()
+            if known.default_key
+        }
+        return {name: key for name, key in keys.items() if key is not None}
+
     def __repr__(self) -> str:
         shown = (f"{setting.field}={display(setting, getattr(self, setting.field))!r}" for setting in SETTINGS)
         return f"Settings({', '.join(shown)})"
@@ -743,6 +829,8 @@ def _contradictions(values: Values, sources: Mapping[str, Source]) -> Iterator[s
             "development set DEPLOYMENT_GRADE=dev, or DEV_MODE=true without DEPLOYMENT_GRADE"
         )
 
+    yield from _contradicting_keys(values)
+
     tls_files = ("temporal_tls_cert", "temporal_tls_key", "temporal_tls_ca")
     if all(field in values for field in tls_files):
         certificate, key, _ = (values[field] for field in tls_files)
@@ -755,6 +843,18 @@ def _contradictions(values: Values, sources: Mapping[str, Source]) -> Iterator[s
             yield f"{missing}: it is not set although {present} is; expected both files or neither"
         if values.get("temporal_tls") is False and any(values[field] is not None for field in tls_files):
             yield "TEMPORAL_TLS: 'false' contradicts the TLS files that are set; expected 'true', or no TLS files"
+
+
+def _contradicting_keys(values: Values) -> Iterator[str]:
+    """Each key is known to be well-formed by now, or is not among the values."""
+    fields = ("secrets_encryption_key", "secrets_encryption_key_previous")
+    if not all(field in values for field in fields):
+        return
+    current, previous = (value if isinstance(value, Secret) else None for value in map(values.get, fields))
+    try:
+        encryption.Keyring.of(current, previous)
+    except encryption.EncryptionKeyError as error:
+        yield f"{error}; expected two different keys, or only {encryption.CURRENT_KEY}"
 
 
 def pooler_sign(database_url: str) -> str | None:

@@ -21,15 +21,19 @@ from api.app import create_app
 from api.background import BackgroundTasks
 from api.services import Services
 from api.streams import StreamHub, StreamLimits, StreamTiming
-from cli.engine import check_message_metadata, check_model_options
+from cli.engine import check_message_metadata, check_model_options, discover_models
 from db.database import Database
 from db.event_log import EventLog
 from db.messages import MessageStore
+from db.model_choice import ModelChooser
+from db.providers import endpoint_of
+from db.turn_store import TurnStore
 from domain.events import StoredEvent
 from domain.messages import Delivery
 from domain.ports import TurnLabels
 from infra.child_processes import ChildProcesses
 from infra.embedded_postgres import EmbeddedPostgres
+from infra.encryption import Keyring, generate_key
 from infra.event_bus import EventBus
 from infra.settings import Settings, load_settings
 
@@ -127,7 +131,18 @@ def publisher() -> RecordingPublisher:
 
 
 @pytest.fixture
-def services(settings: Settings, database: Database, turns: RecordingTurns, publisher: RecordingPublisher) -> Services:
+def keyring() -> Keyring:
+    return Keyring.of(generate_key("kek-test"), None)
+
+
+@pytest.fixture
+def services(
+    settings: Settings,
+    database: Database,
+    turns: RecordingTurns,
+    publisher: RecordingPublisher,
+    keyring: Keyring,
+) -> Services:
     log = EventLog(database.pool, publisher)
     return Services(
         settings=settings,
@@ -144,6 +159,8 @@ def services(settings: Settings, database: Database, turns: RecordingTurns, publ
             asyncio.Event(),
         ),
         background=BackgroundTasks(),
+        keyring=keyring,
+        discover_models=discover_models,
         check_model_options=check_model_options,
         check_message_metadata=check_message_metadata,
         version="0.0.0",
@@ -153,6 +170,12 @@ def services(settings: Settings, database: Database, turns: RecordingTurns, publ
 @pytest.fixture
 def app(services: Services) -> Litestar:
     return create_app(services)
+
+
+def turn_store(log: EventLog, keyring: Keyring | None = None) -> TurnStore:
+    """The engine's state, with providers that need no key unless one is stored under `keyring`."""
+    keys = keyring or Keyring.of(None, None)
+    return TurnStore(log, ModelChooser(lambda row: endpoint_of(row, keys, {})))
 
 
 ClientOf = Callable[[Litestar], httpx.AsyncClient]

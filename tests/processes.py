@@ -26,7 +26,16 @@ START_SECONDS: Final = 60.0
 END_SECONDS: Final = 30.0
 """Deadlines of a busy machine; both take about two seconds."""
 
-SETTINGS_FROM_OUTSIDE: Final = ("DATABASE_", "TEMPORAL_", "DEPLOYMENT_", "DEV_MODE", "HTTP_ADDR", "ADDR", "LOG_")
+SETTINGS_FROM_OUTSIDE: Final = (
+    "DATABASE_",
+    "TEMPORAL_",
+    "DEPLOYMENT_",
+    "DEV_MODE",
+    "HTTP_ADDR",
+    "ADDR",
+    "LOG_",
+    "SECRETS_",
+)
 
 
 async def eventually(condition: Callable[[], object], *, deadline_seconds: float, what: str) -> float:

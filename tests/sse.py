@@ -24,10 +24,12 @@ from api.app import create_app
 from api.background import BackgroundTasks
 from api.services import Services
 from api.streams import StreamHub, StreamLimits, StreamTiming
+from cli.engine import discover_models
 from db.database import Database
 from db.event_log import EventLog
 from db.messages import MessageStore
 from domain.ports import TurnGateway
+from infra.encryption import Keyring
 from infra.event_bus import EventBus
 from infra.http_server import HttpServer, bind
 from infra.network import LOOPBACK
@@ -236,6 +238,8 @@ async def api_process(
             messages=MessageStore(log),
             streams=hub,
             background=background,
+            keyring=Keyring.of(None, None),
+            discover_models=discover_models,
             check_model_options=lambda provider_type, options: None,
             check_message_metadata=lambda metadata: None,
             version="0.0.0",

@@ -15,6 +15,8 @@ from msgspec import Struct
 
 from activities.capabilities import (
     current_time,
+    error_disclosure,
+    prompt_caching,
     stateless_todo_list,
     test_faults,
     test_math,
@@ -42,6 +44,8 @@ __all__ = [
 BUILTIN_MODULES: tuple[ModuleType, ...] = (
     current_time,
     stateless_todo_list,
+    error_disclosure,
+    prompt_caching,
     test_math,
     test_weather,
     test_faults,

@@ -62,6 +62,8 @@ _LOREM_MODEL = re.compile(r"llmsim-lorem(?:-([0-9]{1,9}))?")
 
 
 class LlmSim:
+    name = "llmsim"
+
     async def stream(self, request: ModelRequest) -> AsyncIterator[StreamEvent]:
         script, position = _script_of(request)
         index = sum(message.role is Role.AGENT for message in request.messages[position:])

@@ -47,6 +47,12 @@ GET /v1/agents/{agent_id}/export
 GET /v1/agents/{agent_id}/stats
 GET /v1/capabilities
 GET /v1/capabilities/{capability_id}
+GET /v1/durable/circuit-breakers
+GET /v1/durable/circuit-breakers/{key}
+DELETE /v1/durable/circuit-breakers/{key}
+POST /v1/durable/circuit-breakers/{key}/close
+POST /v1/durable/circuit-breakers/{key}/open
+GET /v1/durable/config
 GET /v1/harness-examples
 GET /v1/harnesses
 POST /v1/harnesses
@@ -63,8 +69,12 @@ GET /v1/models/{id}
 PATCH /v1/models/{id}
 DELETE /v1/models/{id}
 GET /v1/providers
+POST /v1/providers
 GET /v1/providers/config
 GET /v1/providers/{id}
+PATCH /v1/providers/{id}
+DELETE /v1/providers/{id}
+POST /v1/providers/{id}/sync-models
 GET /v1/providers/{provider_id}/models
 POST /v1/providers/{provider_id}/models
 GET /v1/sessions
@@ -139,6 +149,7 @@ async def real_ids(stack: Stack) -> dict[str, str]:
         "harness_id": harness.json()["id"],
         "model_id": models[0]["id"],
         "provider_id": models[0]["provider_id"],
+        "key": models[0]["id"],
         "capability_id": "current_time",
         "org": f"org_{1:032x}",
     }

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
+import httpx
 import pytest
 from everruns_sdk import ApiError, Everruns, NotFoundError
 from everruns_sdk.models import AgentCapabilityConfig, InitialFile, NetworkAccessList, ToolDefinition
+
+from domain.model_profiles import profiles
 
 
 @pytest.fixture(params=["/api", ""], ids=["prefixed", "bare"])
@@ -90,6 +93,25 @@ async def test_sessions(sdk: Everruns) -> None:
     await sdk.sessions.delete(made.id)
     with pytest.raises(NotFoundError):
         await sdk.sessions.get(made.id)
+
+
+async def test_models_of_real_providers(sdk: Everruns, client: httpx.AsyncClient) -> None:
+    body = {"name": "Router", "provider_type": "openrouter", "api_key": "sk-or-of-this-test"}
+    provider = (await client.post("/api/v1/providers", json=body)).json()["id"]
+    for name in profiles():
+        made = await client.post(f"/api/v1/providers/{provider}/models", json={"model_id": name, "display_name": name})
+        assert made.status_code == 201
+    by_name = {model.model_id: model for model in await sdk.models.list()}
+    assert set(profiles()) < set(by_name)
+    for name, profile in profiles().items():
+        shown = by_name[name].profile
+        assert shown is not None
+        assert shown.limits is not None
+        assert profile.limits is not None
+        assert (shown.name, shown.limits.context) == (profile.name, profile.limits.context)
+    opus = await sdk.models.get(by_name["claude-opus-5-5"].id)
+    assert (opus.healthy, opus.model_vendor, opus.provider_type) == (True, "anthropic", "openrouter")
+    assert by_name["deepseek-v4-pro"].model_vendor is None
 
 
 async def test_models_and_capabilities(sdk: Everruns) -> None:

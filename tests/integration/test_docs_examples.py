@@ -31,6 +31,7 @@ CURL_PAGES = (
     "docs/messages.md",
     "docs/streaming.md",
     "docs/llmsim.md",
+    "docs/models.md",
     "docs/capabilities/test_faults.md",
 )
 CAPABILITIES = [{"ref": name} for name in ("test_weather", "test_math", "current_time", "test_faults")]
@@ -158,12 +159,18 @@ async def _run(command: list[str], *, cwd: Path | None = None) -> str:
 async def test_the_curl_examples_are_accepted(page: str, stack: Stack) -> None:
     examples = commands(page, "curl")
     assert examples
-    model = (await stack.client.get("models")).json()["data"][0]["id"]
+    model = (await stack.client.get("models")).json()["data"][0]
     origin = f"http://{urlsplit(stack.api).netloc}"
     for command in examples:
         # Each in a session of its own: some scripts of llmsim run until they are cancelled.
         session = await _new_session(stack)
-        request = curl_request(command, {"API": f"{origin}/api/v1", "SESSION": session, "MODEL": model})
+        values = {
+            "API": f"{origin}/api/v1",
+            "SESSION": session,
+            "MODEL": model["id"],
+            "PROVIDER": model["provider_id"],
+        }
+        request = curl_request(command, values)
         url = request.url.replace("http://127.0.0.1:9300", origin)
         if request.streams:
             async with stack.client.stream(request.method, url, headers=request.headers) as response:

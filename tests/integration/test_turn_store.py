@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import pytest
 
 from api.services import Services
@@ -15,6 +16,8 @@ from domain.messages import TextPart
 from domain.tools import SideEffect, ToolCall
 from domain.turns import (
     ActResult,
+    ArrivedAnswer,
+    GenerationNote,
     NoProgress,
     PlannedCall,
     ReasonBriefing,
@@ -27,6 +30,7 @@ from domain.turns import (
     ToolClaim,
     ToolSettlement,
 )
+from tests.conftest import turn_store
 from workflows.contract import LOST_ATTEMPTS_BEFORE_SEAL
 
 MODEL = ResolvedModel(
@@ -36,7 +40,7 @@ MODEL = ResolvedModel(
 
 @pytest.fixture
 def store(services: Services) -> TurnStore:
-    return TurnStore(services.log)
+    return turn_store(services.log)
 
 
 async def posted(services: Services, make_session: Callable[..., Awaitable[dict[str, object]]]) -> str:
@@ -56,6 +60,11 @@ def step(session: str, *, attempt: int = 1, **fields: str) -> StepRef:
     )
 
 
+async def events_of(services: Services, session: str, event_type: str) -> list[dict[str, object]]:
+    events = await services.log.read(session, after_sequence=0, limit=1_000, types=[event_type])
+    return [msgspec.json.decode(event.data) for event in events]
+
+
 def again(ref: StepRef, attempt: int, worker: str = "b") -> StepRef:
     return step(ref.session_id, attempt=attempt, turn_id=ref.turn_id, exec_id=ref.exec_id, worker=worker)
 
@@ -66,11 +75,13 @@ def outcome(*calls: PlannedCall) -> ReasonOutcome:
         prompt=[],
         offered_tools=[],
         text="done",
-        thinking="",
-        calls=list(calls),
-        usage=TokenUsage(input_tokens=1, output_tokens=1),
-        finish_reason="stop",
-        duration_ms=1,
+        answer=ArrivedAnswer(
+            finish_reason="stop",
+            usage=TokenUsage(input_tokens=1, output_tokens=1),
+            text_length=len("done"),
+            duration_ms=1,
+            calls=list(calls),
+        ),
     )
 
 
@@ -196,3 +207,61 @@ async def test_a_repeatable_call_runs_again_and_its_first_worker_is_fenced(
     assert await store.settle_call(second, "call_a", done) == ActResult()
     # Settled: whoever asks again gets the result, and nothing runs.
     assert await store.begin_call(again(first, attempt=3), "call_a") == ActResult()
+
+
+async def test_an_answer_that_had_arrived_whole_is_finished_by_the_next_attempt_without_another_call(
+    store: TurnStore, services: Services, make_session: Callable[..., Awaitable[dict[str, object]]]
+) -> None:
+    model = await services.database.pool.fetchval("SELECT id FROM models WHERE model_id = 'llmsim-model'")
+    await services.database.pool.execute("UPDATE organizations SET default_model_id = $1", model)
+    first = step(await posted(services, make_session))
+    briefing = await store.begin_reason(first, "interrupted")
+    assert isinstance(briefing, ReasonBriefing)
+    assert briefing.model is not None
+    answer = msgspec.structs.replace(outcome(planned(SideEffect.PURE)).answer, text_length=len("all of it"))
+    for delta, offset, note in (
+        ("all of", 0, None),
+        (" it", 6, GenerationNote(model_id=briefing.model.public_id, answer=answer)),
+    ):
+        event = OutputMessageDelta(turn_id=first.turn_id, message_id=briefing.message_id, delta=delta, offset=offset)
+        await store.append(first, [NewEvent(data=event)], note)
+    second = again(first, attempt=2)
+    found = await store.begin_reason(second, "interrupted")
+    assert isinstance(found, ReasonBriefing)
+    assert (found.answer, found.partial_text, found.resume) == (answer, "all of it", None)
+    recovered = await events_of(services, first.session_id, "reason.recovered")
+    assert [(one["mode"], one["accumulated_len"]) for one in recovered] == [("finalize", 9)]
+    whole = msgspec.structs.replace(outcome(planned(SideEffect.PURE)), text=found.partial_text, answer=answer)
+    assert (await store.commit_reason(second, whole)).next is ReasonNext.ACT
+    # What was noted is gone with the step: the next one begins with nothing.
+    assert await services.database.pool.fetchval("SELECT count(*) FROM running_generations") == 0
+
+
+async def test_a_note_about_an_answer_that_does_not_match_the_log_is_not_trusted(
+    store: TurnStore, services: Services, make_session: Callable[..., Awaitable[dict[str, object]]]
+) -> None:
+    model = await services.database.pool.fetchval("SELECT id FROM models WHERE model_id = 'llmsim-model'")
+    await services.database.pool.execute("UPDATE organizations SET default_model_id = $1", model)
+    first = step(await posted(services, make_session))
+    briefing = await store.begin_reason(first, "interrupted")
+    assert isinstance(briefing, ReasonBriefing)
+    assert briefing.model is not None
+    answer = msgspec.structs.replace(outcome().answer, text_length=1_000)
+    event = OutputMessageDelta(turn_id=first.turn_id, message_id=briefing.message_id, delta="half", offset=0)
+    await store.append(first, [NewEvent(data=event)], GenerationNote(model_id=briefing.model.public_id, answer=answer))
+    found = await store.begin_reason(again(first, attempt=2), "interrupted")
+    assert isinstance(found, ReasonBriefing)
+    assert found.answer is None
+    recovered = await events_of(services, first.session_id, "reason.recovered")
+    assert [one["mode"] for one in recovered] == ["restart"]
+
+
+async def test_an_overtaken_attempt_can_leave_no_note(
+    store: TurnStore, services: Services, make_session: Callable[..., Awaitable[dict[str, object]]]
+) -> None:
+    old = step(await posted(services, make_session))
+    await store.begin_reason(old, "interrupted")
+    await store.begin_reason(again(old, attempt=2), "interrupted")
+    with pytest.raises(StepFenced):
+        await store.append(old, [], GenerationNote(model_id=MODEL.public_id, response_id="resp_1", cursor=3))
+    assert await services.database.pool.fetchval("SELECT count(*) FROM running_generations") == 0

@@ -20,16 +20,16 @@ from activities.act import ActActivity
 from activities.bookkeeping import BookkeepingActivities
 from activities.capabilities import test_faults as faults
 from activities.capabilities.registry import CapabilityRegistry, builtin_registry
-from activities.llm import driver_for
+from activities.llm import load_driver
 from activities.mirror import EventMirror
 from activities.reason import ReasonActivity
 from db.messages import MessageStore
 from db.turn_ending import LOST_TURN_REASON, SUPERSEDED_REASON
-from db.turn_store import TurnStore
 from domain.events import StoredEvent
 from domain.ids import Prefix, parse_id
 from domain.model import USER_ERROR_CODES
 from infra.temporal_worker import WorkerOptions, running_workers
+from tests.conftest import turn_store
 from tests.stack import EVERRUNS, Json, Stack, of_type, payload
 from workflows import contract
 from workflows.turn import Turn
@@ -822,14 +822,14 @@ async def worker_of_ours(
     """A worker in this process on a queue of its own: a Temporal client and the queue."""
     client = await stack.temporal()
     queue = f"test-{uuid4().hex}"
-    state = TurnStore(stack.log)
+    state = turn_store(stack.log)
     bookkeeping = BookkeepingActivities(state, MessageStore(stack.log))
     async with running_workers(
         client,
         WorkerOptions(turns_queue=queue),
         workflows=[Turn],
         activities=[
-            ReasonActivity(state, registry, driver_for).reason,
+            ReasonActivity(state, registry, load_driver).reason,
             ActActivity(state, registry).act,
             bookkeeping.finish,
             bookkeeping.record_message,

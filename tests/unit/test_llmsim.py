@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from activities.llm import DRIVERS, driver_for, llmsim_script
+from activities.llm import driver_for, llmsim_script
 from activities.llm.llmsim import LlmSim, parse_script
 from activities.llm.llmsim_script import DEFAULT_TEXT, ERROR_KINDS, ErrorClass
 from domain.errors import InvalidInput
@@ -28,6 +28,7 @@ from domain.model import (
     ThinkingDelta,
     ToolCallReady,
 )
+from domain.providers import PROVIDER_TYPES
 from domain.tools import ToolCall
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -110,7 +111,7 @@ def finished(events: list[StreamEvent]) -> Finished:
 
 
 def test_every_registered_provider_type_has_a_driver_and_others_are_not_configured():
-    for provider_type in DRIVERS:
+    for provider_type in PROVIDER_TYPES:
         assert driver_for(provider_type)
     with pytest.raises(ModelError) as caught:
         driver_for("nobody")

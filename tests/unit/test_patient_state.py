@@ -10,7 +10,7 @@ import pytest
 
 from db.patient_state import PatientTurnState, is_away
 from domain.events import EventPayload, NewEvent, ToolProgress
-from domain.turns import ActResult, StepFenced, StepRef, ToolSettlement, TurnState
+from domain.turns import ActResult, GenerationNote, StepFenced, StepRef, ToolSettlement, TurnState
 
 REF = StepRef(session_id="session_1", turn_id="turn_1", iteration=1, exec_id="exec_1", attempt=1, worker="here:1")
 SETTLEMENT = ToolSettlement(status="success")
@@ -32,7 +32,7 @@ class FailingState:
         self._next()
         return ActResult()
 
-    async def append(self, ref: StepRef, events: Sequence[NewEvent]) -> None:
+    async def append(self, ref: StepRef, events: Sequence[NewEvent], note: GenerationNote | None = None) -> None:
         self._next()
 
     async def append_tool_event(self, ref: StepRef, call_id: str, payload: EventPayload) -> None:

@@ -11,6 +11,7 @@ from cli.config_command import print_config
 from infra.settings import (
     MASK,
     SETTINGS,
+    TEXT,
     Derived,
     ListenAddress,
     Setting,
@@ -244,7 +245,7 @@ def test_no_password_of_a_url_is_ever_shown(password: str, scheme: str) -> None:
 
 @given(passwords)
 def test_no_secret_is_ever_shown(secret: str) -> None:
-    environ = DEV | {setting.name: secret for setting in SETTINGS if setting.secret}
+    environ = DEV | {setting.name: secret for setting in SETTINGS if setting.secret and setting.kind is TEXT}
     output = io.StringIO()
     assert print_config(environ, console=Console(file=output))
     assert secret not in output.getvalue()

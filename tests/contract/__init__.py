@@ -1,0 +1,1 @@
+"""What everything behind one seam must do alike."""
