@@ -9,15 +9,20 @@ from temporalio import activity
 
 from activities.capabilities.registry import CapabilityRegistry, call_tool
 from activities.step import call_step
-from domain.events import ToolOutputDelta, ToolProgress
-from domain.turns import ActInput, StepRef, ToolSettlement, TurnState
+from domain.config import NetworkAccessList
+from domain.events import FileWritten, ToolOutputDelta, ToolProgress
+from domain.session_info import SessionInfo
+from domain.session_storage import SessionStorage
+from domain.turns import ActInput, SessionResources, StepRef, ToolSettlement, TurnState
+from domain.workspace import FileEntry, WorkspaceFiles
 from workflows import contract
 
 
 class ActActivity:
-    def __init__(self, state: TurnState, capabilities: CapabilityRegistry) -> None:
+    def __init__(self, state: TurnState, capabilities: CapabilityRegistry, resources: SessionResources) -> None:
         self._state = state
         self._capabilities = capabilities
+        self._resources = resources
 
     @activity.defn(name=contract.ACT)
     async def act(self, input: ActInput) -> ToolSettlement:
@@ -39,6 +44,9 @@ class ActActivity:
             tool_call_id=claim.call.id,
             idempotency_key=input.idempotency_key,
             timezone=claim.timezone,
+            config=resolved.config_of(tool.capability.id),
+            network_access=claim.config.network_access,
+            resources=self._resources,
         )
         started = time.monotonic()
         outcome = await call_tool(tool.tool, context, claim.call.arguments)
@@ -61,6 +69,9 @@ class RunningCall(Struct, frozen=True, kw_only=True):
     tool_call_id: str
     idempotency_key: str
     timezone: str | None
+    config: Struct | None
+    network_access: NetworkAccessList
+    resources: SessionResources
 
     @property
     def session_id(self) -> str:
@@ -74,10 +85,29 @@ class RunningCall(Struct, frozen=True, kw_only=True):
     def attempt(self) -> int:
         return self.ref.attempt
 
+    @property
+    def files(self) -> WorkspaceFiles:
+        return self.resources.files(self.ref.session_id)
+
+    @property
+    def storage(self) -> SessionStorage:
+        return self.resources.storage(self.ref.session_id)
+
     async def progress(self, message: str) -> None:
         payload = ToolProgress(tool_call_id=self.tool_call_id, tool_name=self.tool_name, message=message)
         await self.state.append_tool_event(self.ref, self.tool_call_id, payload)
 
     async def output(self, text: str, stream: str = "stdout") -> None:
         payload = ToolOutputDelta(tool_call_id=self.tool_call_id, tool_name=self.tool_name, delta=text, stream=stream)
+        await self.state.append_tool_event(self.ref, self.tool_call_id, payload)
+
+    async def session_info(self) -> SessionInfo:
+        return await self.resources.session_info(self.ref.session_id)
+
+    async def set_title(self, title: str) -> None:
+        await self.resources.set_title(self.ref.session_id, title)
+
+    async def file_written(self, entry: FileEntry, *, created: bool) -> None:
+        operation = "create" if created else "update"
+        payload = FileWritten(path=entry.path, operation=operation, size_bytes=entry.size_bytes, created=created)
         await self.state.append_tool_event(self.ref, self.tool_call_id, payload)

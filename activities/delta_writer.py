@@ -95,6 +95,7 @@ class DeltaWriter:
         """What was to be resumed is gone: the text so far is void, and clients are told."""
         void = len(self.text)
         self._text, self._thinking = [], []
+        self._pending, self._pending_characters, self._cursor = {}, 0, 0
         self._offsets = {OutputMessageDelta: 0, ReasonThinkingDelta: 0}
         if not void:
             return

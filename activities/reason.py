@@ -8,11 +8,13 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+import msgspec
 import structlog
 from temporalio import activity
 
 from activities.capabilities.assembly import offered_tools, planned, prompt, prompt_cache_wanted
 from activities.capabilities.registry import CapabilityRegistry, ResolvedCapabilities
+from activities.context.compaction import ContextKeeper
 from activities.delta_writer import DeltaWriter
 from activities.step import ReasonStep, reason_step
 from domain.model import (
@@ -88,7 +90,16 @@ class ReasonActivity:
             # The whole answer arrived before the worker was lost: only its end was left to write.
             return outcome(briefing.model, request, briefing.partial_text, briefing.answer)
         driver = await self._load_driver(briefing.model.provider_type)
-        call = _Call(driver, request, briefing, resolved)
+        keeper = ContextKeeper(
+            self._state,
+            step,
+            briefing.model,
+            driver,
+            resolved,
+            self._load_driver,
+            stall_seconds=self._stall_seconds,
+        )
+        request = await keeper.before_call(request)
         async with DeltaWriter(
             self._state,
             step.ref,
@@ -97,16 +108,36 @@ class ReasonActivity:
             text=briefing.partial_text,
             thinking=briefing.partial_thinking,
         ) as writer:
-            answer = await call.run(writer, self._stall_seconds)
+            while True:
+                call = _Call(driver, request, briefing, resolved)
+                try:
+                    answer = await call.run(writer, self._stall_seconds)
+                except ModelError as error:
+                    request = await _shorter(request, error, call, writer, keeper)
+                else:
+                    break
+            answer = msgspec.structs.replace(answer, compaction=keeper.result)
             writer.arrived(answer)
-        return outcome(briefing.model, request, writer.text, answer)
+        return outcome(briefing.model, request, writer.text, answer, native_tokens=keeper.native_tokens)
+
+
+async def _shorter(
+    request: ModelRequest, error: ModelError, call: _Call, writer: DeltaWriter, keeper: ContextKeeper
+) -> ModelRequest:
+    """What to try after a failed call within the same attempt. Raises the failure unless a shorter prompt may help."""
+    if error.kind is not ModelErrorKind.CONTEXT_OVERFLOW or call.has_streamed or writer.text or writer.thinking:
+        raise error
+    shorter = await keeper.after_refusal(request)
+    if shorter is None:
+        raise error
+    return shorter
 
 
 def model_request(step: ReasonStep, model: ResolvedModel, resolved: ResolvedCapabilities) -> ModelRequest:
     briefing, controls = step.briefing, step.briefing.controls
     return ModelRequest(
         model=model.name,
-        messages=prompt(briefing.config, resolved, briefing.history),
+        messages=prompt(briefing.config, resolved, briefing.conversation.messages),
         tools=offered_tools(briefing.config, resolved),
         session_id=step.ref.session_id,
         idempotency_key=step.ref.exec_id,
@@ -121,18 +152,22 @@ def model_request(step: ReasonStep, model: ResolvedModel, resolved: ResolvedCapa
         prompt_cache=prompt_cache_wanted(resolved),
         options=model.options,
         states=briefing.states,
+        context=briefing.checkpoint and briefing.checkpoint.native,
         resume=briefing.resume,
     )
 
 
-def outcome(model: ResolvedModel, request: ModelRequest, text: str, answer: ArrivedAnswer) -> ReasonOutcome:
+def outcome(
+    model: ResolvedModel, request: ModelRequest, text: str, answer: ArrivedAnswer, *, native_tokens: int = 0
+) -> ReasonOutcome:
+    """`native_tokens` are in the prompt besides its messages, in a form that only the provider can read."""
     return ReasonOutcome(
         model=model,
         prompt=request.messages,
         offered_tools=request.tools,
         text=text,
         answer=answer,
-        estimated_prompt_tokens=prompt_tokens(request.messages, request.tools),
+        estimated_prompt_tokens=prompt_tokens(request.messages, request.tools) + native_tokens,
     )
 
 
@@ -152,6 +187,10 @@ class _Call:
         self._first_token_ms: int | None = None
         self._started = time.monotonic()
 
+    @property
+    def has_streamed(self) -> bool:
+        return self._first_token_ms is not None
+
     async def run(self, writer: DeltaWriter, stall_seconds: float) -> ArrivedAnswer:
         """Raises `ModelError`."""
         if self._request.resume is not None:
@@ -167,7 +206,7 @@ class _Call:
                     stall.reschedule(asyncio.get_running_loop().time() + stall_seconds)
                     finished = await self._take(event, writer) or finished
         except TimeoutError as error:
-            await self._stop_generation()
+            # A generation that goes on at the provider is left to: the next attempt takes it up again.
             raise ModelError(ModelErrorKind.TIMEOUT, f"nothing came for {stall_seconds:.0f} s") from error
         except asyncio.CancelledError:
             details = activity.cancellation_details()

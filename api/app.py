@@ -13,6 +13,7 @@ from msgspec import Struct
 from api import (
     agents,
     capabilities,
+    context_report,
     durable,
     events,
     harnesses,
@@ -20,7 +21,10 @@ from api import (
     models,
     organizations,
     providers,
+    session_storage,
     sessions,
+    workspace_files,
+    workspaces,
 )
 from api.caller import CHANGE_REASON, check_caller
 from api.documentation import openapi_config, static_files
@@ -33,6 +37,7 @@ from infra.settings import Settings
 ROUTERS = (
     agents.router,
     capabilities.router,
+    context_report.router,
     durable.router,
     events.router,
     harnesses.router,
@@ -41,7 +46,11 @@ ROUTERS = (
     models.router,
     organizations.router,
     providers.router,
+    session_storage.router,
     sessions.router,
+    workspace_files.session_router,
+    workspace_files.workspace_router,
+    workspaces.router,
 )
 
 

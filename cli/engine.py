@@ -36,9 +36,11 @@ from db.messages import MessageStore
 from db.model_choice import ModelChooser
 from db.patient_state import PatientTurnState
 from db.providers import endpoint_of
+from db.session_resources import DatabaseResources
 from db.turn_store import TurnStore
 from domain.model import DiscoveredModel, ModelEndpoint, ModelError, ModelErrorKind, ModelLister
 from domain.providers import PROVIDER_TYPES
+from domain.turns import CONTEXT_WINDOW
 from infra.encryption import Keyring
 from infra.event_bus import EventBus
 from infra.http_server import HttpServer
@@ -125,8 +127,8 @@ def model_chooser(base: Foundation) -> ModelChooser:
 async def worker_role(base: Foundation) -> AsyncIterator[asyncio.Future[None]]:
     """Workers for turns and steps; the future fails when they do."""
     settings = base.settings
-    state = PatientTurnState(TurnStore(base.log, model_chooser(base)))
-    registry = builtin_registry()
+    state = PatientTurnState(TurnStore(base.log, model_chooser(base), base.keyring))
+    registry = builtin_registry(settings.web_fetch_allow_private_hosts)
     bookkeeping = BookkeepingActivities(state, MessageStore(base.log))
     options = WorkerOptions(
         turns_queue=settings.temporal_turns_queue,
@@ -140,7 +142,7 @@ async def worker_role(base: Foundation) -> AsyncIterator[asyncio.Future[None]]:
         workflows=[Turn],
         activities=[
             ReasonActivity(state, registry, load_driver, stall_seconds=settings.reason_stall_seconds).reason,
-            ActActivity(state, registry).act,
+            ActActivity(state, registry, DatabaseResources(base.database.pool, base.keyring)).act,
             bookkeeping.finish,
             bookkeeping.record_message,
         ],
@@ -241,8 +243,10 @@ def check_model_options(provider_type: str, options: Mapping[str, object]) -> No
         return
     if known.driver != "llmsim":
         parse_options(options, root="options")
-    elif "script" in options:
+        return
+    if "script" in options:
         parse_script(options["script"], root="options.script")
+    parse_options({key: options[key] for key in (CONTEXT_WINDOW,) if key in options}, root="options")
 
 
 async def discover_models(endpoint: ModelEndpoint) -> list[DiscoveredModel] | None:

@@ -119,21 +119,44 @@ def migrate() -> None:
 
 
 @app.command
-def demo(*, model: str | None = None, keep: bool = False) -> None:
+def demo(
+    *,
+    model: str | None = None,
+    provider: str | None = None,
+    base_url: str | None = None,
+    key_env: str | None = None,
+    simulated: bool = False,
+    keep: bool = False,
+) -> None:
     """A conversation with tools whose worker is killed twice, and whose stream does not care.
 
+    With DEFAULT_OPENAI_API_KEY, DEFAULT_ANTHROPIC_API_KEY or DEFAULT_GEMINI_API_KEY set, that provider's flagship answers;
+    without a key, a simulated model.
+
     Example: everruns demo --keep
+
+    Example: everruns demo --provider openai_completions --base-url http://localhost:11434/v1 --model qwen3
 
     Parameters
     ----------
     model:
         Name of a model to use instead of the default one.
+    provider:
+        Type of the provider to use: openai, anthropic, gemini, openrouter, openai_completions, …
+    base_url:
+        Address of the provider, if it is not the type's own. The key is sent there.
+    key_env:
+        Environment variable that holds the provider's key, instead of the type's DEFAULT_…_API_KEY.
+    simulated:
+        Use the simulated model, whatever keys there are.
     keep:
         Leave everything running afterwards, to look at the turn in the Temporal Web UI.
     """
     from cli.demo import run_demo
+    from cli.demo_models import Wish
 
-    sys.exit(_run(run_demo(os.environ, model=model, keep=keep)))
+    wish = Wish(model=model, provider=provider, base_url=base_url, key_variable=key_env, simulated=simulated)
+    sys.exit(_run(run_demo(os.environ, wish, keep=keep)))
 
 
 @app.command

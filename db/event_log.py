@@ -33,7 +33,9 @@ READ_TYPES: Final = f"""SELECT {COLUMNS} FROM events WHERE session_id = $1 AND s
 READ_LATEST_CONVERSATION: Final = f"""SELECT {COLUMNS} FROM events WHERE session_id = $1
     AND type IN ('input.message', 'output.message.completed', 'tool.completed',
                  'turn.started', 'reason.started', 'turn.cancelled')
-    ORDER BY sequence DESC LIMIT $2"""  # noqa: S608
+    AND sequence >= $3 ORDER BY sequence DESC LIMIT $2"""  # noqa: S608
+READ_AT: Final = f"""SELECT {COLUMNS} FROM events WHERE session_id = $1 AND sequence = ANY($2::bigint[])
+    ORDER BY sequence"""  # noqa: S608
 SEQUENCE_OF: Final = "SELECT sequence FROM events WHERE session_id = $1 AND id = $2"
 SEQUENCE_BEFORE_TIME: Final = """SELECT coalesce(max(sequence), 0) FROM events
     WHERE session_id = $1 AND ts <= $2"""
@@ -361,11 +363,17 @@ def stored_event(session_id: str, row: asyncpg.Record) -> StoredEvent:
 
 
 async def read_latest_conversation(
-    connection: asyncpg.Connection, session_id: str, limit: int
+    connection: asyncpg.Connection, session_id: str, limit: int, *, since: int = 0
 ) -> tuple[list[StoredEvent], bool]:
-    """The newest events a prompt is built from, oldest first, and whether older ones were left out."""
-    rows = await connection.fetch(READ_LATEST_CONVERSATION, parse_id(Prefix.SESSION, session_id), limit + 1)
+    """The newest events a prompt is built from, oldest first, from number `since` on; and whether some were left out."""
+    rows = await connection.fetch(READ_LATEST_CONVERSATION, parse_id(Prefix.SESSION, session_id), limit + 1, since)
     return [stored_event(session_id, row) for row in reversed(rows[:limit])], len(rows) > limit
+
+
+async def read_at(connection: asyncpg.Connection, session_id: str, sequences: Sequence[int]) -> list[StoredEvent]:
+    """The events at these places, in the order of the log."""
+    rows = await connection.fetch(READ_AT, parse_id(Prefix.SESSION, session_id), list(sequences))
+    return [stored_event(session_id, row) for row in rows]
 
 
 async def read_partial_text(

@@ -10,32 +10,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final
-from uuid import UUID
 
 import asyncpg
+import msgspec
 from msgspec import Struct
 
 from db.circuit_breakers import HELD_OPEN_WAIT_SECONDS, claim_try
 from db.turn_config import decode_column
 from domain.config import TurnConfig
-from domain.ids import Prefix, format_id, parse_id
+from domain.ids import Prefix, format_id, is_id, parse_id
 from domain.model import ModelEndpoint, ModelErrorKind
 from domain.model_profiles import profile_of
 from domain.providers import API_KEY, PROVIDER_TYPES
 from domain.turns import FallbackFrom, ModelProblem, ResolvedModel
 from infra.encryption import UndecryptableSecret
 
+# A place without a key is that of a turn for which nothing names a model.
 _CANDIDATES: Final = """
-SELECT m.id, m.model_id, m.options, p.id AS provider_id, p.name AS provider_name, p.provider_type, p.base_url, p.credentials,
-       b.state AS breaker, b.half_open_at
-FROM models m JOIN providers p ON p.id = m.provider_id LEFT JOIN circuit_breakers b ON b.model_id = m.id
-WHERE m.org_id = $1 AND m.enabled AND p.status = 'active' AND m.id = ANY($2::uuid[])
+SELECT w.place::integer - 1 AS place, m.id, m.model_id, m.options, p.id AS provider_id, p.name AS provider_name,
+       p.provider_type, p.base_url, p.credentials, b.state AS breaker, b.half_open_at
+FROM unnest($2::uuid[]) WITH ORDINALITY AS w (key, place)
+JOIN models m ON m.id = coalesce(w.key, (SELECT default_model_id FROM organizations WHERE id = $1), (
+    SELECT n.id FROM models n JOIN providers q ON q.id = n.provider_id
+    WHERE n.org_id = $1 AND n.enabled AND q.status = 'active' AND n.model_id = $3 ORDER BY n.created_at LIMIT 1))
+JOIN providers p ON p.id = m.provider_id
+LEFT JOIN circuit_breakers b ON b.model_id = m.id
+WHERE m.org_id = $1 AND m.enabled AND p.status = 'active'
+ORDER BY w.place
 """
-_DEFAULT_MODEL: Final = """
-SELECT coalesce(
-    (SELECT default_model_id FROM organizations WHERE id = $1),
-    (SELECT m.id FROM models m JOIN providers p ON p.id = m.provider_id
-     WHERE m.org_id = $1 AND m.enabled AND p.status = 'active' AND m.model_id = $2 ORDER BY m.created_at LIMIT 1))
+_BY_NAME: Final = """
+SELECT m.id FROM models m JOIN providers p ON p.id = m.provider_id
+WHERE m.org_id = $1 AND m.model_id = $2 AND m.enabled AND p.status = 'active' ORDER BY m.created_at LIMIT 1
 """
 
 BREAKER_OPTION: Final = "circuit_breaker"
@@ -60,39 +65,56 @@ class ModelChooser:
         self, connection: asyncpg.Connection, org_id: int, config: TurnConfig, first: int = 0
     ) -> ModelChoice:
         """The model to call, beginning with the turn's model number `first`."""
-        keys = await self._keys(connection, org_id, config)
-        rows = {row["id"]: row for row in await connection.fetch(_CANDIDATES, org_id, [key for key in keys if key])}
         refused: list[ModelChoice] = []
-        left: FallbackFrom | None = _left(keys, rows, first)
-        for key in keys[first:]:
-            row = key and rows.get(key)
-            if row is None:
+        left = None if first == 0 else FallbackFrom(model="", model_id=config.model_id or "", reason="exhausted")
+        for row in await self._candidates(connection, org_id, config):
+            passed = FallbackFrom(
+                model=row["model_id"], model_id=format_id(Prefix.MODEL, row["id"]), reason="circuit_open"
+            )
+            if row["place"] < first:
+                # The turn has left it before.
+                left = msgspec.structs.replace(passed, reason="exhausted") if row["place"] == 0 else left
                 continue
             if row["breaker"] in (None, "closed"):
                 return self._choice(row, left)
             if await claim_try(connection, row["id"]):
                 return self._choice(row, left, trying=True)
             refused.append(ModelChoice(model=self._choice(row, left).model, problem=_circuit_open(row)))
-            left = left or FallbackFrom(
-                model=row["model_id"], model_id=format_id(Prefix.MODEL, row["id"]), reason="circuit_open"
-            )
+            left = left or passed
         return refused[0] if refused else ModelChoice(model=None)
+
+    async def choose_by_name(self, connection: asyncpg.Connection, org_id: int, name: str) -> ModelChoice:
+        """One model alone, by public id or by the vendor's name; no default and no fallback stands in for it."""
+        if is_id(Prefix.MODEL, name):
+            model_id: str | None = name
+        else:
+            found = await connection.fetchval(_BY_NAME, org_id, name)
+            model_id = found and format_id(Prefix.MODEL, found)
+        if model_id is None:
+            return ModelChoice(model=None)
+        return await self.choose(connection, org_id, TurnConfig(model_id=model_id))
+
+    async def configured(
+        self, connection: asyncpg.Connection, org_id: int, config: TurnConfig, first: int = 0
+    ) -> ResolvedModel | None:
+        """The model a turn would begin with, whatever its circuit breaker says: to look at, not to call."""
+        rows = await self._candidates(connection, org_id, config)
+        return next((self._choice(row, None).model for row in rows if row["place"] >= first), None)
 
     async def next_after(
         self, connection: asyncpg.Connection, org_id: int, config: TurnConfig, after: int
     ) -> int | None:
         """The place of the next model after number `after` that exists; None at the end of the list."""
-        keys = await self._keys(connection, org_id, config)
-        rows = {row["id"] for row in await connection.fetch(_CANDIDATES, org_id, [key for key in keys if key])}
-        return next((index for index in range(after + 1, len(keys)) if keys[index] in rows), None)
+        rows = await self._candidates(connection, org_id, config)
+        return next((row["place"] for row in rows if row["place"] > after), None)
 
-    async def _keys(self, connection: asyncpg.Connection, org_id: int, config: TurnConfig) -> list[UUID | None]:
-        """The turn's models in order; a place stays empty when nothing is configured for it."""
-        if config.model_id is None:
-            chosen = await connection.fetchval(_DEFAULT_MODEL, org_id, self._system_model)
-        else:
-            chosen = parse_id(Prefix.MODEL, config.model_id)
-        return [chosen, *(parse_id(Prefix.MODEL, model_id) for model_id in config.fallback_model_ids)]
+    async def _candidates(
+        self, connection: asyncpg.Connection, org_id: int, config: TurnConfig
+    ) -> list[asyncpg.Record]:
+        """Those of the turn's models that exist and are enabled, in order; `place` counts all of them from 0."""
+        wanted = [config.model_id, *config.fallback_model_ids]
+        keys = [None if model_id is None else parse_id(Prefix.MODEL, model_id) for model_id in wanted]
+        return await connection.fetch(_CANDIDATES, org_id, keys, self._system_model)
 
     def _choice(self, row: asyncpg.Record, left: FallbackFrom | None, *, trying: bool = False) -> ModelChoice:
         provider = format_id(Prefix.PROVIDER, row["provider_id"])
@@ -126,14 +148,9 @@ def is_guarded(model: ResolvedModel) -> bool:
     return model.options.get(BREAKER_OPTION, known is None or known.guarded) is True
 
 
-def _left(keys: list[UUID | None], rows: dict[UUID, asyncpg.Record], first: int) -> FallbackFrom | None:
-    """The model a turn has left behind before, or None while it is with its first."""
-    key = keys[0]
-    if first == 0 or key is None:
-        return None
-    row = rows.get(key)
-    public_id = format_id(Prefix.MODEL, key)
-    return FallbackFrom(model=row["model_id"] if row else public_id, model_id=public_id, reason="exhausted")
+def keeps_state(model: ResolvedModel | None) -> bool:
+    """Whether a driver of this model could have anything to give back to its provider."""
+    return model is not None and model.provider_type != "llmsim"
 
 
 def _circuit_open(row: asyncpg.Record) -> ModelProblem:

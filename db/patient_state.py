@@ -18,7 +18,8 @@ from typing import Final, Literal, TypeVar
 import asyncpg
 import structlog
 
-from domain.events import EventPayload, NewEvent
+from domain.checkpoints import Checkpoint
+from domain.events import EventPayload, NewEvent, TokenUsage
 from domain.turns import (
     ActResult,
     FailureVerdict,
@@ -29,6 +30,7 @@ from domain.turns import (
     ReasonFailure,
     ReasonOutcome,
     ReasonResult,
+    ResolvedModel,
     StepFenced,
     StepRef,
     ToolClaim,
@@ -86,6 +88,18 @@ class PatientTurnState:
     async def append(self, ref: StepRef, events: Sequence[NewEvent], note: GenerationNote | None = None) -> None:
         # Deltas are told apart by nothing: after a broken connection they might be there already. The next attempt restarts.
         await self._state.append(ref, events, note)
+
+    async def install_checkpoint(
+        self,
+        ref: StepRef,
+        checkpoint: Checkpoint | None,
+        events: Sequence[NewEvent],
+        usage: TokenUsage | None = None,
+    ) -> None:
+        await _patiently(lambda: self._state.install_checkpoint(ref, checkpoint, events, usage))
+
+    async def find_model(self, ref: StepRef, name: str) -> ResolvedModel | None:
+        return await _patiently(lambda: self._state.find_model(ref, name))
 
     async def append_tool_event(self, ref: StepRef, call_id: str, payload: EventPayload) -> None:
         try:

@@ -41,6 +41,7 @@ class SecretColumn(Struct, frozen=True, kw_only=True):
 SECRET_COLUMNS: Final = (
     SecretColumn(table="providers", id_column="id", column="credentials", key_columns=("id",)),
     SecretColumn(table="context_checkpoints", id_column="id", column="native", key_columns=("session_id", "id")),
+    SecretColumn(table="session_secrets", id_column="id", column="value", key_columns=("id",)),
 )
 
 

@@ -18,6 +18,7 @@ from db.columns import column_values, like_patterns, read_resource
 from db.database import Database
 from db.event_log import EventLog, SessionTransaction
 from db.harnesses import DEFAULT_HARNESS
+from db.initial_files import put_initial_files
 from db.session_stats import usage_columns
 from domain.clock import timestamp
 from domain.config import CapabilityRef
@@ -92,7 +93,7 @@ class SessionInContext(Struct, frozen=True, kw_only=True):
 
 
 async def create_session(database: Database, log: EventLog, new: NewSession) -> SessionInContext:
-    """Workspace, session, state row and `session.started` in one transaction.
+    """Workspace, session, initial files, state row and `session.started` in one transaction.
 
     Raises `NotFound`, `Archived`, `UnknownModel`, `InvalidInput` or `ResourceLimit`.
     """
@@ -141,6 +142,7 @@ async def _insert(work: SessionTransaction, new: NewSession) -> None:
         columns.get("parallel_tool_calls"),
     )
     await connection.execute("INSERT INTO session_state (session_id, org_id) VALUES ($1, $2)", work.key, DEFAULT_ORG_ID)
+    await put_initial_files(connection, work.key, workspace)
     started = SessionStarted(
         harness_id=format_id(Prefix.HARNESS, harness["id"]),
         agent_id=None if agent is None else agent["public_id"],

@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 
 from db.turn_rows import StateRow, TurnRow, step_context, turn_context
+from domain.checkpoints import is_checkpoint_message
 from domain.clock import now_timestamp
 from domain.conversation import SYNTHETIC
 from domain.events import (
@@ -161,7 +162,7 @@ def generation_events(
         RetryMetadata(attempts=state.step_failures, total_wait_ms=state.step_wait_ms) if state.step_failures else None
     )
     generation = LlmGeneration(
-        messages=_new_in_prompt(outcome.prompt, first=ref.iteration == 1),
+        messages=_new_in_prompt(outcome.prompt, first=ref.iteration == 1, compacted=answer.compaction is not None),
         prompt_message_count=len(outcome.prompt),
         tools=_generation_tools(outcome.offered_tools) or None,
         output=GenerationOutput(text=outcome.text or None, tool_calls=calls or None),
@@ -178,6 +179,7 @@ def generation_events(
             request_options=_request_options(turn.controls),
             dropped_options=answer.dropped_options or None,
             fallback=_fallback(model),
+            compaction=answer.compaction,
         ),
     )
     output = OutputMessageCompleted(message=message, metadata=model_metadata(model), usage=answer.usage)
@@ -277,8 +279,9 @@ def _generation_tools(tools: Sequence[ToolDefinition]) -> list[GenerationTool]:
     ]
 
 
-def _new_in_prompt(prompt: list[Message], *, first: bool) -> list[Message]:
+def _new_in_prompt(prompt: list[Message], *, first: bool, compacted: bool) -> list[Message]:
     """What this call's prompt adds to the one before it: the whole of every prompt would grow the log quadratically."""
     last_answer = max((place for place, message in enumerate(prompt) if message.role is Role.AGENT), default=-1)
     system = [message for message in prompt[:1] if first and message.role is Role.SYSTEM]
-    return system + [message for message in prompt[last_answer + 1 :] if message.role is not Role.SYSTEM]
+    summaries = [message for message in prompt[: last_answer + 1] if compacted and is_checkpoint_message(message)]
+    return system + summaries + [message for message in prompt[last_answer + 1 :] if message.role is not Role.SYSTEM]

@@ -14,10 +14,10 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from db import generations, inbox, tool_ledger
+from db import context_checkpoints, generations, inbox, tool_ledger
 from db.circuit_breakers import note_failure, note_success
-from db.event_log import EventLog, SessionTransaction, read_latest_conversation, read_partial_text
-from db.model_choice import ModelChooser, is_guarded
+from db.event_log import EventLog, SessionTransaction, read_partial_text
+from db.model_choice import ModelChooser, is_guarded, keeps_state
 from db.tool_ledger import OUTCOME_UNKNOWN
 from db.turn_ending import close_partial_message, close_turn, end_turn
 from db.turn_events import (
@@ -31,8 +31,8 @@ from db.turn_events import (
 )
 from db.turn_opening import open_turn
 from db.turn_rows import StateRow, TurnRow, fence, lock_state, read_turn, step_context, step_key, usage_columns
-from domain.conversation import conversation_of
-from domain.events import EventPayload, NewEvent, ReasonRecovered, ReasonThinkingDelta
+from domain.checkpoints import Checkpoint
+from domain.events import EventPayload, NewEvent, ReasonRecovered, ReasonThinkingDelta, TokenUsage
 from domain.ids import Prefix, format_id, parse_id
 from domain.model import BREAKER_FAILURES, RETRYABLE, USER_ERRORS, ModelErrorKind, ResumePoint
 from domain.tools import SideEffect
@@ -56,12 +56,10 @@ from domain.turns import (
     ToolClaim,
     ToolSettlement,
 )
+from infra.encryption import Keyring
 from workflows.contract import LOST_ATTEMPTS_BEFORE_SEAL, MODEL_ATTEMPTS
 
 log = structlog.get_logger(__name__)
-
-HISTORY_EVENTS: Final = 2_000
-"""Log rows a prompt is built from, newest first: what keeps turn 10,000 as cheap as turn 1. Older rows are left out."""
 
 _ENTER_STEP: Final = """
 WITH opened AS (UPDATE turns SET open_message_id = $2, open_exec_id = $3 WHERE id = $1)
@@ -74,6 +72,8 @@ WITH stepped AS (
     UPDATE turns SET iteration = $2, last_result = $3, open_message_id = NULL, open_exec_id = NULL, llm_call_count = $4,
         tool_call_count = $5, time_to_first_token_ms = $6, input_tokens = $10, output_tokens = $11, cache_read_tokens = $12,
         cache_creation_tokens = $13, estimated_cost_usd = $14, actual_cost_usd = $15, effective_cost_usd = $16 WHERE id = $1
+), over AS (
+    DELETE FROM running_generations WHERE session_id = $7
 )
 UPDATE session_state SET output_preview = coalesce($8, output_preview), token_ratio = coalesce($9, token_ratio),
     input_tokens = $17, output_tokens = $18, cache_read_tokens = $19, cache_creation_tokens = $20,
@@ -81,6 +81,18 @@ UPDATE session_state SET output_preview = coalesce($8, output_preview), token_ra
 """
 _NOTE_FAILURE: Final = """UPDATE session_state SET step_failures = step_failures + 1, step_wait_ms = step_wait_ms + $2,
     step_model_failures = $3 WHERE session_id = $1"""
+_COUNT_USAGE: Final = """
+WITH counted AS (
+    UPDATE turns SET input_tokens = input_tokens + $3, output_tokens = output_tokens + $4,
+        cache_read_tokens = cache_read_tokens + $5, cache_creation_tokens = cache_creation_tokens + $6,
+        estimated_cost_usd = estimated_cost_usd + $7, actual_cost_usd = actual_cost_usd + $8,
+        effective_cost_usd = effective_cost_usd + $9 WHERE id = $2
+)
+UPDATE session_state SET input_tokens = input_tokens + $3, output_tokens = output_tokens + $4,
+    cache_read_tokens = cache_read_tokens + $5, cache_creation_tokens = cache_creation_tokens + $6,
+    estimated_cost_usd = estimated_cost_usd + $7, actual_cost_usd = actual_cost_usd + $8,
+    effective_cost_usd = effective_cost_usd + $9 WHERE session_id = $1
+"""
 _NOTE_RELEASE: Final = "UPDATE session_state SET step_releases = step_releases + 1 WHERE session_id = $1"
 _NOTE_ERROR: Final = """UPDATE turns SET last_error = $2, last_error_code = $3, last_error_fields = $4, model_index = $5
     WHERE id = $1"""
@@ -102,9 +114,10 @@ class Recovery(Struct, frozen=True, kw_only=True):
 
 
 class TurnStore:
-    def __init__(self, log: EventLog, models: ModelChooser) -> None:
+    def __init__(self, log: EventLog, models: ModelChooser, keyring: Keyring) -> None:
         self._log = log
         self._models = models
+        self._keyring = keyring
 
     # --- reason -------------------------------------------------------------------------------------------------------
 
@@ -134,14 +147,16 @@ class TurnStore:
                 recovery = await self._make_history_legal(work, turn, ref, choice.model, open_calls)
             await self._enter_step(work, state, turn, ref)
             await work.append(*opening, *reason_started_events(ref, turn, choice.model, read))
-            events, truncated = await read_latest_conversation(work.connection, ref.session_id, HISTORY_EVENTS)
-            question = await inbox.messages_at(work, turn.input_sequences) if truncated else []
-            history = conversation_of(events, truncated=truncated, question=question)
-            states = await generations.read_states(work, history)
+            source = await context_checkpoints.read_prompt_source(
+                work.connection, ref.session_id, self._keyring, choice.model, turn.input_sequences
+            )
+            states = (
+                await generations.read_states(work, source.conversation.messages) if keeps_state(choice.model) else {}
+            )
         return ReasonBriefing(
             message_id=message_id_of(turn, ref.iteration),
             config=turn.config,
-            history=history,
+            conversation=source.conversation,
             model=choice.model,
             problem=choice.problem,
             input_message_id=turn.input_message_id,
@@ -154,7 +169,30 @@ class TurnStore:
             resume=recovery.resume,
             partial_text=recovery.text,
             partial_thinking=recovery.thinking,
+            checkpoint=source.checkpoint,
+            token_ratio=state.token_ratio,
+            can_keep_native=self._keyring.can_encrypt,
         )
+
+    async def install_checkpoint(
+        self,
+        ref: StepRef,
+        checkpoint: Checkpoint | None,
+        events: Sequence[NewEvent],
+        usage: TokenUsage | None = None,
+    ) -> None:
+        async with self._log.transaction(ref.session_id) as work:
+            _, turn = await self._running_step(work, ref)
+            is_new = checkpoint is not None and await context_checkpoints.install(work, self._keyring, checkpoint)
+            is_new = bool(await work.append(*events)) or is_new
+            if usage is not None and is_new:
+                await work.connection.execute(_COUNT_USAGE, work.key, turn.id, *usage_columns(usage))
+
+    async def find_model(self, ref: StepRef, name: str) -> ResolvedModel | None:
+        async with self._log.transaction(ref.session_id) as work:
+            state, _ = await self._running_step(work, ref)
+            choice = await self._models.choose_by_name(work.connection, state.org_id, name)
+        return None if choice.problem is not None else choice.model
 
     async def commit_reason(self, ref: StepRef, outcome: ReasonOutcome) -> ReasonResult:
         result = await self._commit_reason(ref, outcome)
@@ -197,7 +235,6 @@ class TurnStore:
                 *usage_columns(turn.usage),
                 *usage_columns(usage),
             )
-            await generations.forget_running(work)
             if outcome.answer.state is not None:
                 await generations.keep_state(work, message_id_of(turn, ref.iteration), outcome.answer.state)
             if not done:

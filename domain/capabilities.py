@@ -12,7 +12,11 @@ from typing import Literal, Protocol
 
 from msgspec import Struct
 
+from domain.config import NetworkAccessList
+from domain.session_info import SessionInfo
+from domain.session_storage import SessionStorage
 from domain.tools import SideEffect, ToolDefinition
+from domain.workspace import FileEntry, WorkspaceFiles
 
 
 class ToolError(Exception):
@@ -40,6 +44,26 @@ class ToolContext(Protocol):
     def attempt(self) -> int: ...
 
     @property
+    def config(self) -> Struct | None:
+        """The configuration of the tool's capability, decoded into its `config` Struct; None when it takes none."""
+        ...
+
+    @property
+    def network_access(self) -> NetworkAccessList:
+        """Which hosts the turn's configuration lets tools reach."""
+        ...
+
+    @property
+    def files(self) -> WorkspaceFiles:
+        """The session's workspace."""
+        ...
+
+    @property
+    def storage(self) -> SessionStorage:
+        """The session's own values and secrets."""
+        ...
+
+    @property
     def timezone(self) -> str | None:
         """The user's time zone (IANA name) when the message that started the turn names one."""
         ...
@@ -50,6 +74,18 @@ class ToolContext(Protocol):
 
     async def output(self, text: str, stream: str = "stdout") -> None:
         """Stream output to clients (`tool.output.delta`)."""
+        ...
+
+    async def session_info(self) -> SessionInfo:
+        """What this session is and has used so far."""
+        ...
+
+    async def set_title(self, title: str) -> None:
+        """Rename the session (`session.title.updated`, unless that is its title already)."""
+        ...
+
+    async def file_written(self, entry: FileEntry, *, created: bool) -> None:
+        """Tell clients that a file of the workspace was written (`file.written`)."""
         ...
 
 
@@ -82,6 +118,8 @@ class Capability(Struct, frozen=True, kw_only=True):
     system_prompt: str | None = None
     config: type[Struct] | None = None
     """Struct that `config` of a reference is decoded into; its JSON Schema is published as `config_schema`."""
+    config_prompt: Callable[[Struct | None], str | None] | None = None
+    """Prompt text that depends on the decoded configuration; it comes after `system_prompt`."""
     tools: tuple[Tool, ...] = ()
 
 

@@ -1,8 +1,8 @@
 """A shorter form of the beginning of a conversation, for prompts only. The log and the list of messages never change.
 
 A checkpoint replaces everything before one event of the log (`source_sequence`) by `messages`, or by `native`, which only the
-provider that made it can read. Besides, it masks tool results before another event (`masked_sequence`): long outputs the model has
-made use of already. Both are fixed when it is made, so that prompts stay the same, and stay in providers' caches, from one
+provider that made it can read. Besides, it masks tool results before another event (`masked_sequence`): long outputs the model
+has made use of already. Both are fixed when it is made, so that prompts stay the same, and stay in providers' caches, from one
 compaction to the next.
 """
 

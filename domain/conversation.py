@@ -89,9 +89,9 @@ class Boundary(Struct, frozen=True, kw_only=True):
 class Conversation(Struct, frozen=True, kw_only=True):
     """The legal history a model gets: each message where it was read, each tool result right after its call.
 
-    `lead` counts the messages in front that do not stand there in the log: those of a checkpoint, and the question of the running
-    turn when it was left out. `question` is what that turn began with. `results` says where in the log each tool result stands, by
-    call id.
+    `lead` counts the messages in front that do not stand there in the log: those of a checkpoint, and the question of the
+    running turn when it was left out. `question` is what that turn began with. `results` says where in the log each tool result
+    stands, by call id.
     """
 
     messages: list[Message]
@@ -197,7 +197,7 @@ def conversation_of(
                     open_calls.discard(part.tool_call_id)
             case _:
                 pass
-    return _put_together(slots, boundaries, results, places, opening or list(question), lead)
+    return _put_together(slots, boundaries, results, places, list(question) or opening, lead)
 
 
 def _put_together(

@@ -17,6 +17,8 @@
       MethodNotAllowed                 405 method_not_allowed
       Conflict                         409 conflict
         NameTaken                      409 name_taken
+        AlreadyExists                  409 already_exists
+        ContentChanged                 409 content_changed
         Archived                       409 archived
         NotWaitingForToolResults       409 not_waiting_for_tool_results
         ResourceLimit                  409 resource_limit
@@ -149,6 +151,18 @@ class NameTaken(Conflict):
     """The name is already in use"""
 
     code = "name_taken"
+
+
+class AlreadyExists(Conflict):
+    """There is a file or a directory at this path already"""
+
+    code = "already_exists"
+
+
+class ContentChanged(Conflict):
+    """The file is not what the caller has seen"""
+
+    code = "content_changed"
 
 
 class Archived(Conflict):

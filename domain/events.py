@@ -376,6 +376,14 @@ class TranscriptRepaired(EventPayload, frozen=True, kw_only=True, omit_defaults=
     tool_name: str | None = None
 
 
+class FileWritten(EventPayload, frozen=True, kw_only=True):
+    event_type = "file.written"
+    path: str
+    operation: Literal["create", "update"]
+    size_bytes: int
+    created: bool
+
+
 class GenerationOutput(Struct, frozen=True, kw_only=True, omit_defaults=True):
     text: str | None = None
     tool_calls: list[ToolCall] | None = None
@@ -413,6 +421,16 @@ class GenerationFallback(Struct, frozen=True, kw_only=True):
     reason: Literal["exhausted", "circuit_open"]
 
 
+class GenerationCompaction(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What compacting the context for this call did. The tokens are estimates of the whole prompt; the cost is in US dollars."""
+
+    compacted: bool
+    input_tokens_before: int | None = None
+    input_tokens_after: int | None = None
+    duration_ms: int | None = None
+    cost_usd: float | None = None
+
+
 class GenerationMetadata(Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: str
     success: bool
@@ -427,6 +445,7 @@ class GenerationMetadata(Struct, frozen=True, kw_only=True, omit_defaults=True):
     request_options: RequestOptions | None = None
     dropped_options: list[str] | None = None
     fallback: GenerationFallback | None = None
+    compaction: GenerationCompaction | None = None
 
 
 class LlmGeneration(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
@@ -475,6 +494,93 @@ class SessionModelChanged(EventPayload, frozen=True, kw_only=True, omit_defaults
     model_name: str
     previous_model_id: str | None = None
     previous_model_name: str | None = None
+
+
+CompactionReason = Literal["proactive_budget", "request_too_large", "manual"]
+CompactionTrigger = Literal["context_budget", "cost_pressure"]
+CompactionStage = Literal["native_compaction", "checkpoint_install", "summarization"]
+SkipReason = Literal[
+    "strategy_excludes_native",
+    "driver_unsupported",
+    "checkpoint_store_unavailable",
+    "cooldown_active",
+    "native_returned_none",
+    "no_material_reduction",
+    "guard_rejected",
+]
+
+
+class CompactionStep(Struct, frozen=True, kw_only=True):
+    strategy: str
+    messages_after: int
+    duration_ms: int
+
+
+class ContextCompacting(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
+    """Messages and tokens are those of the prompt; tokens are estimates."""
+
+    event_type = "context.compacting"
+    reason: CompactionReason
+    strategy: str
+    messages_before: int
+    trigger: CompactionTrigger | None = None
+    model: str | None = None
+    provider: str | None = None
+    driver: str | None = None
+    tokens_before: int | None = None
+    budget_remaining_tokens: int | None = None
+    source_sequence: int | None = None
+
+
+class ContextCompacted(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
+    """`usage` is what the compaction itself took; it is in the totals of turn and session, but in no `llm.generation`."""
+
+    event_type = "context.compacted"
+    strategy_used: str
+    messages_before: int
+    messages_after: int
+    duration_ms: int
+    steps: list[CompactionStep] | None = None
+    reason: CompactionReason | None = None
+    trigger: CompactionTrigger | None = None
+    model: str | None = None
+    provider: str | None = None
+    driver: str | None = None
+    checkpoint_id: str | None = None
+    source_sequence: int | None = None
+    tokens_before: int | None = None
+    tokens_after: int | None = None
+    usage: TokenUsage | None = None
+
+
+class ContextCompactionSkipped(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
+    event_type = "context.compaction.skipped"
+    reason: CompactionReason
+    trigger: CompactionTrigger
+    skip_reason: SkipReason
+    strategy: str
+    model: str
+    tokens_observed: int
+    messages_observed: int
+    provider: str | None = None
+    driver: str | None = None
+    usage: TokenUsage | None = None
+
+
+class ContextCompactionFailed(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
+    """`error` is a kind of failure, never the provider's words."""
+
+    event_type = "context.compaction.failed"
+    reason: CompactionReason
+    trigger: CompactionTrigger
+    stage: CompactionStage
+    error: str
+    strategy: str
+    model: str
+    tokens_before: int
+    messages_before: int
+    provider: str | None = None
+    driver: str | None = None
 
 
 def payload_types() -> dict[str, type[EventPayload]]:

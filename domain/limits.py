@@ -15,6 +15,7 @@ from domain.config import CapabilityRef, InitialFile
 from domain.errors import InputTooLarge, InvalidInput, MalformedId
 from domain.ids import Prefix, parse_id
 from domain.tools import ClientSideTool
+from domain.workspace import PATH_MAX_BYTES, BadPath, file_path, parents, shown
 
 NAME_MAX_CHARACTERS: Final = 64
 SHORT_TEXT_MAX_BYTES: Final = 2 * 1024
@@ -29,18 +30,41 @@ TAG_MAX_BYTES: Final = 256
 MAX_INITIAL_FILES: Final = 250
 INITIAL_FILES_MAX_BYTES: Final = 2 * 1024 * 1024
 """All starter files of one resource together, paths included: they are copied into every new session."""
-PATH_MAX_BYTES: Final = 1024
 MAX_ITERATIONS_CEILING: Final = 10_000
 
 IMPORT_MAX_BYTES: Final = 3 * 1024 * 1024
 BODY_MAX_BYTES: Final = 4 * 1024 * 1024
 """A prompt of 1 MB and the starter files at their limit, with room for JSON escapes."""
 
+FILE_MAX_BYTES: Final = 10 * 1024 * 1024
+"""One file of a workspace: it is read and written as a whole, in memory."""
+FILE_BODY_MAX_BYTES: Final = 21 * 1024 * 1024
+"""A file at its limit in base64, or as text of which every character is escaped."""
+WORKSPACE_MAX_BYTES: Final = 100 * 1024 * 1024
+WORKSPACE_MAX_ENTRIES: Final = 10_000
+"""Files and directories of one workspace: listings and searches look at all of them."""
+GREP_PATTERN_MAX_BYTES: Final = 1000
+GREP_MAX_MATCHES: Final = 1000
+GREP_LINE_MAX_CHARACTERS: Final = 2000
+GREP_MAX_SECONDS: Final = 10.0
+"""Most of which is reading: the matching itself is linear in the text."""
+
 MAX_HARNESSES_PER_ORG: Final = 50
 MAX_AGENTS_PER_ORG: Final = 500
 MAX_SESSIONS_PER_ORG: Final = 10_000
 MAX_PROVIDERS_PER_ORG: Final = 100
+MAX_WORKSPACES_PER_ORG: Final = 1_000
 """Rows that are not deleted. Counted without a lock: requests that race may overshoot by their number, which harms nobody."""
+
+VALUE_KEY_MAX_CHARACTERS: Final = 255
+VALUE_MAX_BYTES: Final = 64 * 1024
+"""One value of a session's storage: what a tool result can carry, so that a model gets back all it has stored."""
+VALUES_MAX_BYTES: Final = 8 * 1024 * 1024
+"""All values of a session together: one answer of the API lists them."""
+MAX_VALUES_PER_SESSION: Final = 1_000
+SECRET_NAME_MAX_CHARACTERS: Final = 128
+SECRET_MAX_BYTES: Final = 16 * 1024
+MAX_SECRETS_PER_SESSION: Final = 100
 
 MAX_SEARCH_TOKENS: Final = 8
 
@@ -122,11 +146,14 @@ def check_tools(tools: Sequence[ClientSideTool]) -> None:
 def check_initial_files(files: Sequence[InitialFile]) -> None:
     check_count(files, "initial_files", MAX_INITIAL_FILES)
     total_bytes = 0
+    paths: list[str] = []
     for index, file in enumerate(files):
         path = f"initial_files[{index}].path"
         check_text(file.path, path, PATH_MAX_BYTES)
-        if not file.path.strip("/") or ".." in file.path.split("/"):
-            raise InvalidInput(f"{path} must name a file and must not contain `..`", field=path)
+        try:
+            paths.append(file_path(file.path))
+        except BadPath as problem:
+            raise InvalidInput(f"{path}: {problem}", field=path) from None
         if file.encoding == "base64":
             try:
                 base64.b64decode(file.content, validate=True)
@@ -137,6 +164,11 @@ def check_initial_files(files: Sequence[InitialFile]) -> None:
             field = f"initial_files[{index}].encoding"
             raise InvalidInput(f"{field} must be `text` or `base64`", field=field)
         total_bytes += len(file.path.encode()) + len(file.content.encode())
+    directories = {directory for path in paths for directory in parents(path)}
+    for index, path in enumerate(paths):
+        if path in directories:
+            field = f"initial_files[{index}].path"
+            raise InvalidInput(f"{field}: there are to be files below {shown(path)}, so it cannot be one", field=field)
     if total_bytes > INITIAL_FILES_MAX_BYTES:
         raise InputTooLarge(
             f"Input exceeds allowed limits: `initial_files` may hold {INITIAL_FILES_MAX_BYTES} bytes in total",

@@ -388,20 +388,28 @@ def deltas_stay_inside_their_message(log: Log) -> Iterator[Problem]:
 
 
 def deltas_add_up(log: Log) -> Iterator[Problem]:
-    """Deltas leave no gap, begin anew only after `reason.recovered`, and add up to the completed text.
+    """Deltas leave no gap, begin anew only after a `reason.recovered` with mode `restart`, and add up to the completed text.
+
+    With mode `finalize` the text is whole: nothing may follow it.
 
     Exempt are messages whose text was given up: replaced ones, and those that end as an apology.
     """
     texts: dict[str, str] = {}
     void: set[str] = set()
+    whole: set[str] = set()
     for entry in log.entries:
         match entry.data:
             case OutputMessageStarted(message_id=message_id):
                 texts.setdefault(message_id, "")
+            case ReasonRecovered(message_id=message_id, mode="finalize"):
+                whole.add(message_id)
             case ReasonRecovered(message_id=message_id):
                 void.add(message_id)
+                whole.discard(message_id)
             case OutputMessageDelta(message_id=message_id, offset=offset, delta=delta):
                 text = texts.get(message_id, "")
+                if message_id in whole:
+                    yield entry.sequence, f"a delta of {message_id}, which was whole"
                 if offset != (0 if message_id in void else len(text)):
                     yield entry.sequence, f"a delta of {message_id} at {offset} after {len(text)} characters"
                 void.discard(message_id)

@@ -1,4 +1,4 @@
-"""Harnesses, agents, sessions, models, providers and organizations, as read and as written.
+"""Harnesses, agents, sessions, workspaces, models, providers and organizations, as read and as written.
 
 The resource Structs are what is served: ids are public, timestamps are RFC 3339. A `…Changes` Struct is what a write brings, with
 `UNSET` for what it leaves alone (on a create: for what gets its default); None clears a value that can be empty.
@@ -137,6 +137,19 @@ class Session(Struct, frozen=True, kw_only=True, omit_defaults=True):
     parallel_tool_calls: bool | None = None
     started_at: str | None = None
     finished_at: str | None = None
+
+
+class Workspace(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The files that one or several sessions work on. Every session has one; its own has the session's UUID."""
+
+    id: str
+    name: str
+    status: Lifecycle
+    created_at: str
+    updated_at: str
+    description: str | None = None
+    archived_at: str | None = None
+    deleted_at: str | None = None
 
 
 class TraceConfig(Struct, frozen=True, kw_only=True):
@@ -356,6 +369,19 @@ class SessionChanges(Struct, frozen=True, kw_only=True):
         check_session_texts(self.title, self.locale, self.agent_identity_id)
         if self.tags is not UNSET:
             check_tags(self.tags)
+
+
+class WorkspaceChanges(Struct, frozen=True, kw_only=True):
+    name: str | UnsetType = UNSET
+    description: str | UnsetType | None = UNSET
+    status: Lifecycle | UnsetType = UNSET
+
+    def check(self) -> None:
+        """Raises `InputTooLarge` or `InvalidInput`, naming the field."""
+        _text(self.name, "name", SHORT_TEXT_MAX_BYTES)
+        if isinstance(self.name, str) and not self.name.strip():
+            raise InvalidInput("name must not be blank", field="name")
+        _text(self.description, "description", DESCRIPTION_MAX_BYTES)
 
 
 class ProviderChanges(Struct, frozen=True, kw_only=True):

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 from msgspec import Struct
 
+from domain.checkpoints import Checkpoint
 from domain.config import TurnConfig
-from domain.events import EventPayload, NewEvent, TokenUsage
+from domain.conversation import Conversation
+from domain.events import EventPayload, GenerationCompaction, NewEvent, TokenUsage
 from domain.messages import ContentPart, Controls, Delivery, InputPart, Message, Phase
 from domain.model import FinishReason, ModelEndpoint, ModelErrorKind, ProviderState, ReasoningItem, ResumePoint
 from domain.model_profiles import ModelProfile
+from domain.session_info import SessionInfo
+from domain.session_storage import SessionStorage
 from domain.tools import SideEffect, ToolCall, ToolDefinition
+from domain.workspace import WorkspaceFiles
 
 
 class CallRef(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -129,6 +134,15 @@ class NoProgress(Exception):
     """Attempts of this step were lost one after the other without any progress; the turn is to be sealed."""
 
 
+CONTEXT_WINDOW: Final = "context_window"
+"""Option of a model (tokens): overrides what its profile says, or says it where there is no profile."""
+
+MAX_OUTPUT_SHARE: Final = 0.5
+"""Of a context window. Some models may write as much as they may read; a prompt needs room all the same."""
+
+UNKNOWN_OUTPUT_SHARE: Final = 0.25
+
+
 class ResolvedModel(Struct, frozen=True, kw_only=True):
     """The model a step calls. `public_id` is `model_…`; `options` are stored with the model and belong to its driver."""
 
@@ -143,6 +157,27 @@ class ResolvedModel(Struct, frozen=True, kw_only=True):
     """Set when this is a fallback."""
     trying: bool = False
     """Its circuit breaker is half open: this call decides."""
+
+    @property
+    def context_window(self) -> int | None:
+        """Tokens of prompt and answer together, as far as is known."""
+        window = self.options.get(CONTEXT_WINDOW)
+        if isinstance(window, int) and window > 0:
+            return window
+        return None if self.profile is None or self.profile.limits is None else self.profile.limits.context
+
+    @property
+    def input_limit(self) -> int | None:
+        """Tokens a prompt may have: the model's own limit, or what its answer leaves of the window."""
+        window, limits = self.context_window, self.profile and self.profile.limits
+        if window is None:
+            return None
+        if CONTEXT_WINDOW not in self.options and limits is not None and limits.input is not None:
+            return limits.input
+        output = self.options.get("max_output_tokens")
+        if not isinstance(output, int):
+            output = round(window * UNKNOWN_OUTPUT_SHARE) if limits is None else limits.output
+        return window - min(output, round(window * MAX_OUTPUT_SHARE))
 
 
 class FallbackFrom(Struct, frozen=True, kw_only=True):
@@ -176,6 +211,8 @@ class ArrivedAnswer(Struct, frozen=True, kw_only=True):
     state: ProviderState | None = None
     reasoning_items: list[ReasoningItem] = []
     dropped_options: list[str] = []
+    compaction: GenerationCompaction | None = None
+    """What was done to the context for this call."""
 
 
 class GenerationNote(Struct, frozen=True, kw_only=True):
@@ -193,11 +230,14 @@ class ReasonBriefing(Struct, frozen=True, kw_only=True):
     After an attempt that was lost in the middle, either `answer` is set (the whole answer had arrived: only its end is left to
     write), or `resume` (the generation may go on where it was), or neither (begin anew; the log has been told).
     `partial_text` and `partial_thinking` are what stands in the log in the first two cases.
+
+    `conversation` has its `checkpoint` applied. `token_ratio` is what the session's provider counted for the last prompt over our
+    estimate of it.
     """
 
     message_id: str
     config: TurnConfig
-    history: list[Message]
+    conversation: Conversation
     model: ResolvedModel | None
     input_message_id: str
     harness_id: str
@@ -210,6 +250,10 @@ class ReasonBriefing(Struct, frozen=True, kw_only=True):
     resume: ResumePoint | None = None
     partial_text: str = ""
     partial_thinking: str = ""
+    checkpoint: Checkpoint | None = None
+    token_ratio: float | None = None
+    can_keep_native: bool = False
+    """Whether a provider's own compaction could be stored: it takes a key to encrypt it with."""
 
 
 class PlannedCall(Struct, frozen=True, kw_only=True):
@@ -280,6 +324,20 @@ class ToolSettlement(Struct, frozen=True, kw_only=True):
     capability_name: str | None = None
 
 
+class SessionResources(Protocol):
+    """What tools of a session may use, by session; opened when a tool first asks for it."""
+
+    def files(self, session_id: str) -> WorkspaceFiles: ...
+
+    def storage(self, session_id: str) -> SessionStorage: ...
+
+    async def session_info(self, session_id: str) -> SessionInfo:
+        """Raises `SessionGone`, as `set_title` does."""
+        ...
+
+    async def set_title(self, session_id: str, title: str) -> None: ...
+
+
 class TurnState(Protocol):
     """The narrow port through which steps reach state. Nothing behind it is known to `activities`.
 
@@ -319,6 +377,23 @@ class TurnState(Protocol):
 
     async def append_tool_event(self, ref: StepRef, call_id: str, payload: EventPayload) -> None:
         """Append an event of a running tool call."""
+        ...
+
+    async def install_checkpoint(
+        self,
+        ref: StepRef,
+        checkpoint: Checkpoint | None,
+        events: Sequence[NewEvent],
+        usage: TokenUsage | None = None,
+    ) -> None:
+        """Make `checkpoint` what later prompts begin with, append what tells of it, and count what it took; all or nothing.
+
+        None when a compaction came to nothing but its events and its cost, which counts if one of them is new to the log.
+        """
+        ...
+
+    async def find_model(self, ref: StepRef, name: str) -> ResolvedModel | None:
+        """Another model for a call of the engine's own, by id or by the vendor's name; None when it cannot be called now."""
         ...
 
 

@@ -153,6 +153,24 @@ def _server_address(text: str) -> str:
     return text
 
 
+def _opened_hosts(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_opened_host(item) for item in map(str.strip, text.split(",")) if item))
+
+
+def _opened_host(text: str) -> str:
+    """In the spelling that hosts of URLs are compared in: lower case, an IPv6 address in brackets and as short as it gets."""
+    match = re.fullmatch(r"(?:\[(?P<six>[^\[\]]+)\]|(?P<name>[A-Za-z0-9._-]+))(?::(?P<port>[0-9]{1,5}))?", text)
+    if match is None or not 1 <= int(match["port"] or 1) <= 65535:
+        raise _Refused("each is 'host' or 'host:port', without a scheme, path, range or '*'")
+    if match["six"]:
+        host = f"[{ipaddress.IPv6Address(match['six'])}]"
+    else:
+        host = match["name"].lower().removesuffix(".")
+        if re.fullmatch(r"[0-9]+|0x[0-9a-f]*", host.rpartition(".")[2]):
+            host = str(ipaddress.IPv4Address(host))
+    return f"{host}:{int(match['port'])}" if match["port"] else host
+
+
 def _database_url(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in ("postgresql", "postgres") or any(character.isspace() for character in text):
@@ -189,6 +207,7 @@ ENCRYPTION_KEY = Kind(
 EXISTING_FILE = Kind(accepts="the path of a readable file", parse=_existing_file)
 API_PATH = Kind(accepts="a path such as '/api', or '/' for none", parse=_api_prefix)
 ORIGINS = Kind(accepts="a comma-separated list of origins, e.g. 'https://app.example.com'", parse=_origins)
+OPENED_HOSTS = Kind(accepts="a comma-separated list of hosts, e.g. 'wiki.internal,10.0.0.7:8080'", parse=_opened_hosts)
 SECONDS = _integer(1, 86_400)
 COUNT = _integer(1, 1_000_000)
 
@@ -644,6 +663,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             kind=_integer(1, 1000),
             default="32",
             meaning="Tool calls of one turn that run at the same time.",
+        ),
+    ]
+    web_fetch_allow_private_hosts: Annotated[
+        tuple[str, ...],
+        About(
+            name="WEB_FETCH_ALLOW_PRIVATE_HOSTS",
+            group="Worker",
+            kind=OPENED_HOSTS,
+            default="",
+            meaning="Hosts, as `host` or `host:port`, that `web_fetch` may reach although their addresses are private.",
         ),
     ]
     log_level: Annotated[

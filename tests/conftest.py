@@ -175,7 +175,7 @@ def app(services: Services) -> Litestar:
 def turn_store(log: EventLog, keyring: Keyring | None = None) -> TurnStore:
     """The engine's state, with providers that need no key unless one is stored under `keyring`."""
     keys = keyring or Keyring.of(None, None)
-    return TurnStore(log, ModelChooser(lambda row: endpoint_of(row, keys, {})))
+    return TurnStore(log, ModelChooser(lambda row: endpoint_of(row, keys, {})), keys)
 
 
 ClientOf = Callable[[Litestar], httpx.AsyncClient]

@@ -28,6 +28,7 @@ END_SECONDS: Final = 30.0
 
 SETTINGS_FROM_OUTSIDE: Final = (
     "DATABASE_",
+    "DEFAULT_",
     "TEMPORAL_",
     "DEPLOYMENT_",
     "DEV_MODE",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from activities.capabilities import prompt_caching
+from activities.capabilities import compaction, prompt_caching
 from activities.capabilities.registry import ResolvedCapabilities
 from domain.clock import now_timestamp
 from domain.config import TurnConfig
@@ -45,6 +45,12 @@ def offered_tools(config: TurnConfig, resolved: ResolvedCapabilities) -> list[To
 def prompt_cache_wanted(resolved: ResolvedCapabilities) -> bool:
     configs = [one.config for one in resolved.capabilities if one.capability.id == prompt_caching.CAPABILITY.id]
     return all(config.enabled for config in configs if isinstance(config, prompt_caching.PromptCaching))
+
+
+def compaction_config(resolved: ResolvedCapabilities) -> compaction.Compaction:
+    """The capability's, or the defaults when nobody configures it."""
+    configs = [one.config for one in resolved.capabilities if one.capability.id == compaction.CAPABILITY.id]
+    return next((config for config in configs if isinstance(config, compaction.Compaction)), compaction.Compaction())
 
 
 def planned(

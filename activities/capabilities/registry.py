@@ -14,13 +14,17 @@ import msgspec
 from msgspec import Struct
 
 from activities.capabilities import (
+    compaction,
     current_time,
     error_disclosure,
     prompt_caching,
+    session,
+    session_storage,
     stateless_todo_list,
     test_faults,
     test_math,
     test_weather,
+    web_fetch,
 )
 from activities.capabilities.tool_call import ToolOutcome, call_tool
 from activities.capabilities.tool_schema import capability_info, tool_definition
@@ -46,6 +50,9 @@ BUILTIN_MODULES: tuple[ModuleType, ...] = (
     stateless_todo_list,
     error_disclosure,
     prompt_caching,
+    compaction,
+    session_storage,
+    session,
     test_math,
     test_weather,
     test_faults,
@@ -67,6 +74,12 @@ class ResolvedCapability(Struct, frozen=True, kw_only=True):
     config: Struct | None
     """The reference's configuration, decoded; None when the capability takes none."""
 
+    @property
+    def prompt(self) -> str:
+        """Its piece of the system prompt, which may be empty."""
+        depending = self.capability.config_prompt and self.capability.config_prompt(self.config)
+        return "\n\n".join(text.strip() for text in (self.capability.system_prompt, depending) if text)
+
 
 class ResolvedCapabilities(Struct, frozen=True, kw_only=True):
     prompt: str
@@ -77,6 +90,9 @@ class ResolvedCapabilities(Struct, frozen=True, kw_only=True):
 
     def tool(self, name: str) -> ResolvedTool | None:
         return next((tool for tool in self.tools if tool.tool.name == name), None)
+
+    def config_of(self, capability_id: str) -> Struct | None:
+        return next((one.config for one in self.capabilities if one.capability.id == capability_id), None)
 
 
 class CapabilityRegistry:
@@ -145,20 +161,20 @@ class CapabilityRegistry:
         for capability_id in resolved:
             for tool in self._tools[capability_id]:
                 tools.setdefault(tool.tool.name, tool)
-        prompts = (one.capability.system_prompt for one in resolved.values())
         return ResolvedCapabilities(
-            prompt="\n\n".join(prompt.strip() for prompt in prompts if prompt),
+            prompt="\n\n".join(one.prompt for one in resolved.values() if one.prompt),
             tools=tuple(tools.values()),
             capabilities=tuple(resolved.values()),
             missing=tuple(missing),
         )
 
 
-def builtin_registry() -> CapabilityRegistry:
-    """A new registry with every built-in capability."""
+def builtin_registry(private_hosts: Sequence[str] = ()) -> CapabilityRegistry:
+    """A new registry with every built-in capability. `private_hosts` are those that `web_fetch` may reach nevertheless."""
     registry = CapabilityRegistry()
     for module in BUILTIN_MODULES:
         registry.register(module.CAPABILITY)
+    registry.register(web_fetch.capability(private_hosts))
     return registry
 
 

@@ -15,7 +15,9 @@ from activities.capabilities.tool_schema import schema_at, struct_schema
 from domain.capabilities import Tool, ToolContext, ToolError
 from domain.events import ToolStatus
 from domain.messages import ContentPart, TextPart
+from domain.session_storage import StorageProblem
 from domain.tools import SideEffect
+from domain.workspace import FileProblem
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ async def call_tool(tool: Tool, context: ToolContext, arguments: dict[str, objec
             value = await tool.run(context, decoded)
         text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
         return ToolOutcome(result=[TextPart(text=truncated(text))], error=None, status=ToolStatus.SUCCESS)
-    except ToolError as error:
+    except (ToolError, FileProblem, StorageProblem) as error:
         return _failed(str(error) or "The tool failed.")
     except TimeoutError:
         # A tool's own TimeoutError (a socket, say) is just one of its failures.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Final, cast
 
 import msgspec
@@ -42,7 +42,7 @@ from domain.providers import API_KEY, PROVIDER_TYPES
 from domain.tools import ToolCall
 
 _MAX_CLIENTS: Final = 64
-"""A process serves many organizations' keys; one that falls out loses its warm connections, nothing else."""
+"""A process serves many organizations' keys. A client is made in a moment; what is worth keeping is in `_connections`."""
 
 _CONNECT_TIMEOUT_SECONDS: Final = 10.0
 _READ_TIMEOUT_SECONDS: Final = 600.0
@@ -114,21 +114,41 @@ def _base_url(endpoint: ModelEndpoint) -> str:
     return base_url.rstrip("/").removesuffix("/v1")
 
 
+@cache
+def _connections():
+    """One pool for all keys, so that a client that falls out of the cache has nothing to close, and a stream on it goes on."""
+    from http.cookiejar import CookieJar, DefaultCookiePolicy
+
+    from anthropic import DefaultAsyncHttpxClient
+
+    return DefaultAsyncHttpxClient(
+        timeout=_timeout(),
+        # What a server sets for one key must not go along with another.
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+        # A redirect would carry the conversation, and the key, to an address nobody has configured.
+        follow_redirects=False,
+    )
+
+
+def _timeout():
+    from anthropic import Timeout
+
+    return Timeout(_READ_TIMEOUT_SECONDS, connect=_CONNECT_TIMEOUT_SECONDS)
+
+
 @lru_cache(maxsize=_MAX_CLIENTS)
 def _client(base_url: str, key: str):
-    from anthropic import AsyncAnthropic, DefaultAsyncHttpxClient, Timeout
+    from anthropic import AsyncAnthropic
 
-    timeout = Timeout(_READ_TIMEOUT_SECONDS, connect=_CONNECT_TIMEOUT_SECONDS)
     return AsyncAnthropic(
         api_key=key,
         base_url=base_url,
         max_retries=0,
-        timeout=timeout,
+        timeout=_timeout(),
         open_telemetry=False,
         # An explicit header goes before one of ANTHROPIC_CUSTOM_HEADERS, which is not meant for other people's keys.
         default_headers={"Authorization": f"Bearer {key}"},
-        # A redirect would carry the conversation, and the key, to an address nobody has configured.
-        http_client=DefaultAsyncHttpxClient(timeout=timeout, follow_redirects=False),
+        http_client=_connections(),
     )
 
 

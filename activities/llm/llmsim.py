@@ -71,6 +71,11 @@ class LlmSim:
         replay = index if isinstance(script, TurnsScript) and index >= len(script.turns) else None
         calls = _calls(turn, request, replay)
         fault = _fault_of(turn, request.attempt)
+        usage = _usage(request.messages, turn, calls)
+        if turn.overflow_above_tokens is not None and usage.input_tokens > turn.overflow_above_tokens:
+            raise ModelError(
+                ModelErrorKind.CONTEXT_OVERFLOW, f"Simulated error: {usage.input_tokens} tokens are too many"
+            )
 
         if turn.first_token_delay_ms:
             await asyncio.sleep(turn.first_token_delay_ms / 1000)
@@ -92,7 +97,7 @@ class LlmSim:
             return
         yield Finished(
             reason=turn.finish_reason or ("tool_calls" if calls else "stop"),
-            usage=_usage(request.messages, turn, calls),
+            usage=usage,
             response_id=f"llmsim_{_digest(request, 'response')}",
         )
 

@@ -103,6 +103,8 @@ class Timing(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """With it, only the first N attempts of a step stall or are cut."""
     error: ErrorSpec | None = None
     error_after_tokens: Position | None = None
+    overflow_above_tokens: Tokens | None = None
+    """A longer prompt is refused as too large, as by a model whose context window nobody knows."""
 
     def __post_init__(self) -> None:
         if self.error_after_tokens is not None and self.error is None:

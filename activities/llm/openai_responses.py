@@ -68,7 +68,7 @@ class _Events(Protocol):
 
 
 class OpenAIResponses:
-    name: Final = DRIVER
+    name = DRIVER
 
     def __init__(self, *, reconnect_delays_seconds: Sequence[float] = RECONNECT_DELAYS_SECONDS) -> None:
         self._delays = tuple(reconnect_delays_seconds)
@@ -272,7 +272,9 @@ async def _compact(request: ModelRequest) -> Mapping[str, Any] | None:
     client = client_of(request.endpoint)
     for with_states in (True, False):
         items, echoes = input_items(request, [], with_states=with_states)
-        body = {"model": request.model, "input": items, "instructions": instructions(request), **cache_key(request)}
+        body: dict[str, object] = {"model": request.model, "input": items, **cache_key(request)}
+        if system := instructions(request):
+            body["instructions"] = system
         try:
             return _json(await client.post("/responses/compact", cast_to=object, body=body))
         except Exception as error:

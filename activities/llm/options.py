@@ -19,7 +19,8 @@ from domain.model_profiles import ReasoningEffort
 class ModelOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`background`: let generations go on at the provider when a worker is lost, for the next one to resume (OpenAI).
 
-    `circuit_breaker` is read where models are chosen; see `db.model_choice`.
+    `circuit_breaker` is read where models are chosen, see `db.model_choice`; `context_window` (tokens) where prompts are kept in
+    bounds, see `domain.turns.ResolvedModel.limits`.
     """
 
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -30,6 +31,7 @@ class ModelOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     speed: Literal["flex", "default", "priority", "fast", "ultrafast"] | None = None
     background: bool = False
     circuit_breaker: bool = True
+    context_window: Annotated[int, Meta(ge=1)] | None = None
     extra_body: dict[str, object] = {}
 
 

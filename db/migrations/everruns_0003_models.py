@@ -72,6 +72,8 @@ CREATE TABLE context_checkpoints (
     messages jsonb NOT NULL DEFAULT '[]',
     -- An envelope of `infra.encryption` around a provider's own compaction.
     native text,
+    -- What `native` counts for in a prompt, as its provider counts.
+    native_tokens integer NOT NULL DEFAULT 0,
     -- Inputs that were in the log at `source_sequence` but not read yet.
     carried_sequences bigint[] NOT NULL DEFAULT '{}',
     strategy text NOT NULL,
@@ -97,11 +99,17 @@ CREATE TABLE circuit_breakers (
 """
 
 
+CAPABILITIES = """
+UPDATE harnesses SET capabilities = capabilities || '[{"ref": "compaction"}]'
+    WHERE is_built_in AND name = 'generic' AND NOT capabilities @> '[{"ref": "compaction"}]';
+"""
+
+
 async def forwards() -> MigrationManager:
     manager = MigrationManager(migration_id=ID, app_name="everruns", description=DESCRIPTION)
 
     async def run() -> None:
-        for script in (RESOURCES, TURNS, MODEL_CALLS):
+        for script in (RESOURCES, TURNS, MODEL_CALLS, CAPABILITIES):
             transaction = DB.current_transaction.get()
             assert transaction is not None, "migrations run inside a transaction"
             await transaction.connection.execute(script)

@@ -52,11 +52,12 @@ class Crash:
     logs: dict[str, list[StoredEvent]] = field(default_factory=dict)
 
     def again_after(self, scene: str) -> float:
-        """Seconds from the kill until text came again."""
+        """Seconds from the kill until text came again, or the end of a message whose whole text was there already."""
         watched = self.scenes[scene]
         recovered = watched.came_at(lambda one: one.type == "reason.recovered", after=self.killed_at)
         since = self.killed_at if recovered == float("inf") else recovered
-        return watched.came_at(lambda one: one.type == "output.message.delta", after=since) - self.killed_at
+        goes_on = ("output.message.delta", "output.message.completed")
+        return watched.came_at(lambda one: one.type in goes_on, after=since) - self.killed_at
 
     async def log(self, scene: str) -> list[StoredEvent]:
         """The log of a scene whose session has been used once more, checked."""
@@ -208,6 +209,23 @@ async def test_answer_is_whole_and_given_once_when_its_worker_is_killed(crash: C
     assert max(attempts_of(log)) == 2
     # Text that was shown and is to be forgotten is announced.
     assert len(of_type(log, "reason.recovered")) == (0 if scene == "before the first token" else 1)
+
+
+@pytest.mark.parametrize(
+    ("scene", "mode"),
+    [("mid stream", "restart"), ("after the last token", "restart"), ("in the commit of an answer", "finalize")],
+)
+async def test_answer_that_had_arrived_whole_is_finished_and_any_other_begins_anew(
+    crash: Crash, scene: str, mode: str
+) -> None:
+    log = await crash.log(scene)
+    [recovered] = of_type(log, "reason.recovered")
+    assert recovered["mode"] == mode
+    deltas = [one for one in of_type(log, "output.message.delta") if one["message_id"] == recovered["message_id"]]
+    # A message that is finished is not streamed a second time.
+    assert [one["offset"] for one in deltas].count(0) == (1 if mode == "finalize" else 2)
+    # Its own, and that of the message which shows that the session works.
+    assert len(of_type(log, "llm.generation")) == 2
 
 
 async def test_stream_goes_on_four_seconds_after_a_worker_is_killed(

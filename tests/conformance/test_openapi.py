@@ -92,7 +92,25 @@ POST /v1/sessions/{session_id}/messages
 PUT /v1/sessions/{session_id}/pin
 DELETE /v1/sessions/{session_id}/pin
 GET /v1/sessions/{session_id}/sse
+GET /v1/sessions/{session_id}/storage/keys
+GET /v1/sessions/{session_id}/storage/secrets
+PUT /v1/sessions/{session_id}/storage/secrets
 POST /v1/sessions/{session_id}/tool-results
+GET /v1/workspaces
+POST /v1/workspaces
+GET /v1/workspaces/{workspace_id}
+PATCH /v1/workspaces/{workspace_id}
+DELETE /v1/workspaces/{workspace_id}
+GET /v1/workspaces/{workspace_id}/fs
+POST /v1/workspaces/{workspace_id}/fs/_/copy
+GET /v1/workspaces/{workspace_id}/fs/_/download/{path}
+POST /v1/workspaces/{workspace_id}/fs/_/grep
+POST /v1/workspaces/{workspace_id}/fs/_/move
+POST /v1/workspaces/{workspace_id}/fs/_/stat
+GET /v1/workspaces/{workspace_id}/fs/{path}
+POST /v1/workspaces/{workspace_id}/fs/{path}
+PUT /v1/workspaces/{workspace_id}/fs/{path}
+DELETE /v1/workspaces/{workspace_id}/fs/{path}
 """
 """Operations of the published description that this server covers."""
 
@@ -143,8 +161,13 @@ async def real_ids(stack: Stack) -> dict[str, str]:
     agent = await stack.client.post("agents", json={"name": "described", "system_prompt": "x"})
     harness = await stack.client.post("harnesses", json={"name": "described"})
     models = (await stack.client.get("models")).json()["data"]
+    workspace = session.replace("session_", "wsp_")
+    for path in ("described.txt", "described/inner.txt"):
+        await stack.client.post(f"workspaces/{workspace}/fs/{path}", json={"content": "x"})
     return {
         "session_id": session,
+        "workspace_id": workspace,
+        "path": "described.txt",
         "agent_id": agent.json()["id"],
         "harness_id": harness.json()["id"],
         "model_id": models[0]["id"],

@@ -492,25 +492,8 @@ LATER = {
     "sessions.budgets": "budgets",
     "sessions.budget_check": "budgets",
     "sessions.resume": "budgets: only a budget pauses a session",
-    "sessions.set_secrets": "session storage",
     "capabilities.list_guardrail_examples": "guardrails",
     "capabilities.dry_run_guardrails": "guardrails",
-    **{f"workspaces.{name}": "workspaces" for name in ("list", "create", "get", "update", "delete")},
-    **{
-        f"workspace_files.{name}": "workspace files"
-        for name in (
-            "list",
-            "read",
-            "create",
-            "create_dir",
-            "update",
-            "delete",
-            "move_file",
-            "copy_file",
-            "grep",
-            "stat",
-        )
-    },
     **{
         f"memories.{name}": "memories"
         for name in (
@@ -553,6 +536,7 @@ async def test_every_sdk_method_works_or_is_listed_as_later_work(sdk: Everruns, 
     agent = await sdk.agents.create("complete", "Hello.", harness_id=harness.id, default_model_id=model)
     session = await sdk.sessions.create(agent_id=agent.id, tools=[LOOK])
     other_id = generate_agent_id()
+    workspace = await sdk.workspaces.create("complete")
 
     async def tool_results() -> object:
         await sdk.messages.create(session.id, "go")
@@ -588,6 +572,7 @@ async def test_every_sdk_method_works_or_is_listed_as_later_work(sdk: Everruns, 
         "sessions.get": lambda: sdk.sessions.get(session.id),
         "sessions.pin": lambda: sdk.sessions.pin(session.id),
         "sessions.unpin": lambda: sdk.sessions.unpin(session.id),
+        "sessions.set_secrets": lambda: sdk.sessions.set_secrets(session.id, {"TOKEN": "of this test"}),
         "messages.create_tool_results": tool_results,
         "events.stream": stream,
         "events.list": lambda: sdk.events.list(session.id),
@@ -595,6 +580,21 @@ async def test_every_sdk_method_works_or_is_listed_as_later_work(sdk: Everruns, 
         "sessions.export": lambda: sdk.sessions.export(session.id),
         "messages.create": lambda: sdk.messages.create(session.id, "again"),
         "sessions.cancel": lambda: sdk.sessions.cancel(session.id),
+        "workspaces.create": lambda: sdk.workspaces.create("complete-2"),
+        "workspaces.list": lambda: sdk.workspaces.list(search="complete", include_archived=True),
+        "workspaces.get": lambda: sdk.workspaces.get(workspace.id),
+        "workspaces.update": lambda: sdk.workspaces.update(workspace.id, description="d"),
+        "workspace_files.create": lambda: sdk.workspace_files.create(workspace.id, "/a.txt", "a"),
+        "workspace_files.create_dir": lambda: sdk.workspace_files.create_dir(workspace.id, "dir"),
+        "workspace_files.list": lambda: sdk.workspace_files.list(workspace.id, recursive=True),
+        "workspace_files.read": lambda: sdk.workspace_files.read(workspace.id, "a.txt"),
+        "workspace_files.update": lambda: sdk.workspace_files.update(workspace.id, "a.txt", "b"),
+        "workspace_files.stat": lambda: sdk.workspace_files.stat(workspace.id, "a.txt"),
+        "workspace_files.grep": lambda: sdk.workspace_files.grep(workspace.id, "b", path_pattern="*.txt"),
+        "workspace_files.copy_file": lambda: sdk.workspace_files.copy_file(workspace.id, "/a.txt", "/dir/c.txt"),
+        "workspace_files.move_file": lambda: sdk.workspace_files.move_file(workspace.id, "/a.txt", "/d.txt"),
+        "workspace_files.delete": lambda: sdk.workspace_files.delete(workspace.id, "dir", recursive=True),
+        "workspaces.delete": lambda: sdk.workspaces.delete(workspace.id),
         "sessions.delete": lambda: sdk.sessions.delete(session.id),
         "agents.delete": lambda: sdk.agents.delete(agent.id),
         "harnesses.delete": lambda: sdk.harnesses.delete(harness.id),

@@ -95,6 +95,20 @@ async def test_sessions(sdk: Everruns) -> None:
         await sdk.sessions.get(made.id)
 
 
+@pytest.mark.filterwarnings("ignore:Everruns.sessions.create:DeprecationWarning")
+async def test_session_secrets(sdk: Everruns, client: httpx.AsyncClient) -> None:
+    session = await sdk.sessions.create(title="With secrets")
+    await sdk.sessions.set_secrets(session.id, {"TOKEN": "first", "OTHER": "x"})
+    await sdk.sessions.set_secrets(session.id, {"TOKEN": "second"})
+    listed = await client.get(f"/api/v1/sessions/{session.id}/storage/secrets")
+    assert [secret["name"] for secret in listed.json()["data"]] == ["OTHER", "TOKEN"]
+    with pytest.raises(ApiError) as refused:
+        await sdk.sessions.set_secrets(session.id, {"not a name": "x"})
+    assert (refused.value.status_code, refused.value.code) == (400, "invalid_input")
+    with pytest.raises(NotFoundError):
+        await sdk.sessions.set_secrets(f"session_{1:032x}", {"TOKEN": "x"})
+
+
 async def test_models_of_real_providers(sdk: Everruns, client: httpx.AsyncClient) -> None:
     body = {"name": "Router", "provider_type": "openrouter", "api_key": "sk-or-of-this-test"}
     provider = (await client.post("/api/v1/providers", json=body)).json()["id"]
@@ -121,3 +135,61 @@ async def test_models_and_capabilities(sdk: Everruns) -> None:
     capabilities = await sdk.capabilities.list()
     assert "current_time" in [capability.id for capability in capabilities]
     assert (await sdk.capabilities.get("test_weather")).tool_definitions
+
+
+async def test_workspaces(sdk: Everruns) -> None:
+    made = await sdk.workspaces.create("sdk-workspace", description="From the SDK")
+    other = await sdk.workspaces.create("other")
+    assert (made.status, made.description) == ("active", "From the SDK")
+    assert [one.id for one in await sdk.workspaces.list()] == [other.id, made.id]
+    assert [one.id for one in await sdk.workspaces.list(search="from sdk")] == [made.id]
+    assert (await sdk.workspaces.update(made.id, name="renamed")).name == "renamed"
+    await sdk.workspaces.delete(made.id)
+    assert (await sdk.workspaces.get(made.id)).status == "archived"
+    assert [one.id for one in await sdk.workspaces.list(include_archived=False)] == [other.id]
+    assert len(await sdk.workspaces.list(include_archived=True)) == 2
+    assert (await sdk.workspaces.update(made.id, status="active")).archived_at is None
+    with pytest.raises(NotFoundError):
+        await sdk.workspaces.get(f"wsp_{0:032x}")
+
+
+async def test_workspace_files(sdk: Everruns) -> None:
+    workspace = (await sdk.workspaces.create("files")).id
+    files = sdk.workspace_files
+    made = await files.create(workspace, "/notes/to do é.md", "# Plan\nship it\n", is_readonly=False)
+    assert (made.path, made.name, made.encoding) == ("/notes/to do é.md", "to do é.md", "text")
+    assert await files.read(workspace, "notes/to do é.md") == made
+    assert (await files.create(workspace, "/b.bin", "AAH/", encoding="base64")).size_bytes == 3
+    assert (await files.read(workspace, "/b.bin")).content == "AAH/"
+    assert (await files.create_dir(workspace, "/empty")).is_directory
+    assert [one.path for one in await files.list(workspace)] == ["/b.bin", "/empty", "/notes"]
+    assert [one.path for one in await files.list(workspace, "/notes")] == ["/notes/to do é.md"]
+    assert len(await files.list(workspace, recursive=True)) == 4
+    (found,) = await files.grep(workspace, "^ship", path_pattern="*.md")
+    assert [(match.line_number, match.line) for match in found.matches] == [(2, "ship it")]
+    assert (await files.update(workspace, "/notes/to do é.md", "new")).content == "new"
+    assert (await files.copy_file(workspace, "/notes", "/copy")).is_directory
+    assert (await files.move_file(workspace, "/copy/to do é.md", "/moved.md")).path == "/moved.md"
+    stat = await files.stat(workspace, "/moved.md")
+    assert (stat.size_bytes, stat.is_directory, stat.is_readonly) == (3, False, False)
+    assert (await files.delete(workspace, "/moved.md")).deleted
+    assert not (await files.delete(workspace, "/moved.md")).deleted
+    assert (await files.delete(workspace, "/notes", recursive=True)).deleted
+    with pytest.raises(ApiError) as conflict:
+        await files.create(workspace, "/b.bin", "")
+    assert (conflict.value.status_code, conflict.value.code) == (409, "already_exists")
+    await files.create(workspace, "/locked", "x", is_readonly=True)
+    with pytest.raises(ApiError) as locked:
+        await files.update(workspace, "/locked", "y")
+    assert (locked.value.status_code, locked.value.code) == (403, "read_only")
+    with pytest.raises(NotFoundError):
+        await files.read(workspace, "/notes/to do é.md")
+
+
+# The SDK asks applications to move to agent keys; management calls are what is tested here.
+@pytest.mark.filterwarnings("ignore:Everruns.sessions.create:DeprecationWarning")
+async def test_initial_files_are_in_the_sessions_workspace(sdk: Everruns) -> None:
+    agent = await sdk.agents.create("with-files", "x", initial_files=[InitialFile(path="/workspace/a.md", content="a")])
+    session = await sdk.sessions.create(agent_id=agent.id)
+    assert session.workspace_id
+    assert (await sdk.workspace_files.read(session.workspace_id, "a.md")).content == "a"

@@ -27,6 +27,9 @@ KEY: Final = "test-key-4f0c1d9e7b"
 PROVIDER: Final = "provider_00000000000000000000000000000001"
 OTHER_PROVIDER: Final = "provider_00000000000000000000000000000002"
 
+DEADLINE_SECONDS: Final = 30.0
+"""For what takes milliseconds; the first call of a driver imports its SDK."""
+
 FAILURES: Final[dict[Failure, ModelErrorKind]] = {
     "rate_limit": ModelErrorKind.RATE_LIMITED,
     "overloaded": ModelErrorKind.OVERLOADED,
@@ -206,7 +209,7 @@ class Rig:
         return await self.call(self.request(*messages, **changes))
 
     async def call(self, request: ModelRequest) -> list[StreamEvent]:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             return [event async for event in self.stream(request)]
 
     async def body_of(self, *messages: Message, **changes: Any) -> Json:

@@ -10,6 +10,7 @@ import asyncio
 import base64
 import time
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 
 import msgspec
 import pytest
@@ -31,6 +32,7 @@ from domain.providers import API_KEY
 from domain.secret import Secret
 from infra.network import free_port
 from tests.contract.subjects import (
+    DEADLINE_SECONDS,
     FAILURES,
     KEY,
     OTHER_PROVIDER,
@@ -87,23 +89,24 @@ SPARTAN = ModelProfile(
 )
 
 
-@pytest.fixture(scope="module", params=SUBJECTS, ids=lambda subject: subject.name)
-async def module_rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
-    async with rigged(request.param) as rig:
-        yield rig
+@pytest.fixture(scope="module")
+async def rigs() -> AsyncIterator[dict[str, Rig]]:
+    async with AsyncExitStack() as servers:
+        yield {subject.name: await servers.enter_async_context(rigged(subject)) for subject in SUBJECTS}
 
 
-@pytest.fixture
-def rig(module_rig: Rig, request: pytest.FixtureRequest) -> Rig:
+@pytest.fixture(params=SUBJECTS, ids=lambda subject: subject.name)
+def rig(rigs: dict[str, Rig], request: pytest.FixtureRequest) -> Rig:
     assert isinstance(request.node, pytest.Function)
+    subject: Subject = request.param
     failure = request.node.callspec.params.get("failure")
-    excluded = [str(request.node.originalname), *([failure] if isinstance(failure, str) else [])]
-    for name in excluded:
-        if reason := module_rig.subject.cannot.get(name):
-            pytest.skip(f"{module_rig.subject.name}: {reason}")
-    if module_rig.fake is not None:
-        module_rig.fake.requests.clear()
-    return module_rig
+    for name in (str(request.node.originalname), failure):
+        if isinstance(name, str) and name in subject.cannot:
+            pytest.skip(f"{subject.name}: {subject.cannot[name]}")
+    rig = rigs[subject.name]
+    if rig.fake is not None:
+        rig.fake.requests.clear()
+    return rig
 
 
 def text_of(events: list[StreamEvent]) -> str:
@@ -129,7 +132,7 @@ async def outcome_of(rig: Rig, answer: Answer) -> tuple[list[StreamEvent], Model
     rig.play(answer)
     events: list[StreamEvent] = []
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_SECONDS):
             async for event in rig.stream(rig.request(tools=[tool("get_weather")])):
                 events.append(event)
     except ModelError as error:
@@ -499,7 +502,7 @@ async def begun(rig: Rig, answer: Answer) -> AsyncIterator[StreamEvent]:
     """A stream that has just yielded its first text."""
     rig.play(answer)
     stream = rig.stream(rig.request())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         while not isinstance(await anext(stream), TextDelta):
             pass
     return stream
@@ -507,7 +510,7 @@ async def begun(rig: Rig, answer: Answer) -> AsyncIterator[StreamEvent]:
 
 async def until_gone(rig: Rig, before: int, since: float) -> None:
     """The fake has noticed that its client left."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(DEADLINE_SECONDS):
         while rig.wire.clients_gone == before:  # noqa: ASYNC110  # the fake only counts
             await asyncio.sleep(0.005)
     assert time.monotonic() - since < STOPS_WITHIN_SECONDS

@@ -289,7 +289,7 @@ class FakeOpenAIResponses(FakeProvider):
         if answer.failure is not None and answer.after is None:
             await self._fail(exchange, answer)
             return
-        generation = self._start(body, answer)
+        generation = self.begin(body, answer)
         if not body.get("stream"):
             assert generation.task is not None
             await generation.task
@@ -302,7 +302,8 @@ class FakeOpenAIResponses(FakeProvider):
                 _cancel(generation)
             raise
 
-    def _start(self, body: Json, answer: Answer) -> Generation:
+    def begin(self, body: Json, answer: Answer) -> Generation:
+        """From here on it runs by itself; connections only follow it."""
         generation = Generation(answer.response_id or self.new_id("resp_"), body, answer)
         self.generations_started += 1
         if body.get("store", True):

@@ -7,13 +7,14 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import httpx
 import msgspec
 import pytest
 
-from cli.demo import SeenEvent, Told, findings, planned_kills
+from cli.demo_proof import findings
+from cli.demo_story import REAL, SIMULATED, Kill, SeenEvent, Teller, Told
 from domain.events import StoredEvent
 from domain.ids import Prefix, new_id
 from tests.processes import Command, run
@@ -78,7 +79,9 @@ async def test_a_killed_demo_takes_its_worker_and_servers_with_it() -> None:
 
 
 async def test_an_unknown_model_is_told_with_the_known_ones() -> None:
-    code, _, err = await run("demo", "--model", "gpt-0")
+    code, _, err = await run(
+        "demo", "--model", "gpt-0", "--simulated", environment={"DEFAULT_GEMINI_API_KEY": "sk-test"}
+    )
     assert code == 1
     (line,) = err.strip().splitlines()
     assert line.startswith("everruns: there is no model `gpt-0`; there are llmsim-echo, llmsim-lorem, llmsim-model")
@@ -138,11 +141,12 @@ def broken_claims(
     effects: Sequence[str] = ("call_1 1 invitation",),
     recovered: int = 2,
 ) -> set[str]:
-    kills = planned_kills()
+    kills = SIMULATED.kills()
     for kill in kills[:recovered]:
         kill.recovered_seconds = 3.0
     told = Told(session_id=SESSION, seen=list(seen), kills=kills, seconds=20.0)
-    broken = {finding.claim for finding in findings(told, log, effects) if not finding.holds}
+    found = findings(told, log, effects, Teller(story=SIMULATED))
+    broken = {finding.claim for finding in found if not finding.holds}
     # Four events are no whole turn, and check_log says so; it has its own tests.
     return broken - {"the log breaks no rule"}
 
@@ -186,3 +190,111 @@ def test_the_proof_breaks_unless_the_effect_happened_once(effects: Sequence[str]
 
 def test_the_proof_breaks_when_a_kill_did_not_happen_or_was_not_survived() -> None:
     assert broken_claims(*log_and_seen(), recovered=1) == {"the worker was killed twice, the turn went on"}
+
+
+# --- The proof of a model that nobody scripted -------------------------------------------------------------------------
+
+KILLED = datetime(2026, 1, 1, tzinfo=UTC)
+WHOLE_LETTER: Sequence[tuple[float, str, dict[str, object]]] = (
+    (-3, "act.started", {"tool_calls": [{"id": CALL, "name": "test_effect_once"}]}),
+    (-3, "tool.started", {"tool_call": {"id": CALL, "name": "test_effect_once", "arguments": {}}}),
+    (-2, "tool.completed", {"tool_call_id": CALL, "tool_name": "test_effect_once", "success": True}),
+    (-1, "output.message.delta", {"message_id": "letter", "delta": "Dear ", "accumulated": "Dear "}),
+    (4, "output.message.delta", {"message_id": "letter", "delta": "team", "accumulated": "Dear team"}),
+    (5, "llm.generation", {"metadata": {"success": True, "response_id": "resp_1"}}),
+    (5, "output.message.completed", {"message": {"id": "letter", "content": [{"type": "text", "text": "Dear team"}]}}),
+    (6, "turn.completed", {"usage": {"input_tokens": 9, "output_tokens": 3, "effective_cost_usd": 0.01}}),
+)
+RESTART = (3, "reason.recovered", {"message_id": "letter", "mode": "restart", "accumulated_len": 5})
+
+
+def seen_at(after_seconds: float, name: str, data: dict[str, object]) -> SeenEvent:
+    return SeenEvent(
+        id=new_id(Prefix.EVENT),
+        type=name,
+        ts=KILLED + timedelta(seconds=after_seconds),
+        sequence=1,
+        data=data,
+        context={"exec_id": "step"},
+    )
+
+
+def interrupted(seen: Sequence[SeenEvent]) -> list[Kill]:
+    """The letter's kill, as the client settles it, and that of a tool, which never came."""
+    in_answer, in_tool = REAL.kills()
+    for event in seen:
+        if in_answer.at is None and event.subject == "letter":
+            in_answer.aim(event, KILLED.timestamp())
+        elif in_answer.recovered_seconds is None and not in_answer.too_late:
+            in_answer.is_settled_by(event)
+    return [in_answer, in_tool]
+
+
+def verdicts(
+    story: Sequence[tuple[float, str, dict[str, object]]],
+    *,
+    effects: Sequence[str] = ("call_1 1 invitation",),
+    priced: bool = True,
+) -> dict[str, bool | None]:
+    """Of the claims that only a real model's story makes: they need no log."""
+    seen = [seen_at(*event) for event in story]
+    told = Told(session_id=SESSION, seen=seen, kills=interrupted(seen), seconds=20.0)
+    found = findings(told, [], effects, Teller(story=REAL, background=True, is_priced=priced))
+    about = ("answer, the", "tool, the", "one gen", "result", "twice", "ended", "cost")
+    return {key: finding.holds for key in about for finding in found if key in finding.claim}
+
+
+def without(*types: str) -> list[tuple[float, str, dict[str, object]]]:
+    return [event for event in WHOLE_LETTER if event[1] not in types]
+
+
+SHOWN = {
+    "answer, the": True,
+    "tool, the": None,
+    "one gen": True,
+    "result": True,
+    "twice": True,
+    "ended": True,
+    "cost": True,
+}
+
+
+def test_what_a_real_model_did_is_proven_and_what_it_did_not_do_is_not_claimed() -> None:
+    assert verdicts(WHOLE_LETTER) == SHOWN
+    silent = verdicts(without("act.started", "tool.started", "tool.completed"), effects=())
+    assert silent == SHOWN | {"result": None, "twice": None}
+
+
+def test_text_that_was_taken_back_is_no_resumed_generation() -> None:
+    anew = (4, "output.message.delta", {"message_id": "letter", "delta": "Dear team", "accumulated": "Dear team"})
+    story = [*WHOLE_LETTER[:4], RESTART, anew, *WHOLE_LETTER[5:]]
+    assert verdicts(story) == SHOWN | {"one gen": False}
+
+
+def test_a_second_generation_of_the_same_step_is_told() -> None:
+    assert verdicts([*WHOLE_LETTER, WHOLE_LETTER[5]]) == SHOWN | {"one gen": False}
+
+
+def test_a_kill_that_nothing_came_after_fails_and_one_that_came_too_late_claims_nothing() -> None:
+    lost = verdicts(WHOLE_LETTER[:4])
+    assert lost["answer, the"] is False
+    late = [*WHOLE_LETTER[:4], (0.1, *WHOLE_LETTER[6][1:]), WHOLE_LETTER[7]]
+    assert verdicts(late) == SHOWN | {"answer, the": None, "one gen": None}
+
+
+def test_an_effect_that_happened_twice_fails_a_real_models_proof_and_one_that_never_did_does_not() -> None:
+    assert verdicts(WHOLE_LETTER, effects=("call_1 1 invitation", "call_1 2 invitation")) == SHOWN | {"twice": False}
+    assert verdicts(WHOLE_LETTER, effects=()) == SHOWN
+
+
+def test_two_results_of_a_call_and_a_turn_without_an_answer_fail_a_real_models_proof() -> None:
+    assert verdicts([*WHOLE_LETTER, WHOLE_LETTER[2]]) == SHOWN | {"result": False}
+    assert verdicts(without("output.message.completed"))["ended"] is False
+    assert verdicts(without("turn.completed")) == SHOWN | {"ended": False, "cost": False}
+
+
+def test_a_cost_that_is_missing_fails_only_where_the_price_is_known() -> None:
+    free = (6, "turn.completed", {"usage": {"input_tokens": 9, "output_tokens": 3}})
+    story = [*without("turn.completed"), free]
+    assert verdicts(story) == SHOWN | {"cost": False}
+    assert verdicts(story, priced=False) == SHOWN | {"cost": None}

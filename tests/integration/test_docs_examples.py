@@ -32,9 +32,12 @@ CURL_PAGES = (
     "docs/streaming.md",
     "docs/llmsim.md",
     "docs/models.md",
+    "docs/workspaces.md",
     "docs/capabilities/test_faults.md",
+    "docs/capabilities/session.md",
+    "docs/capabilities/session_storage.md",
 )
-CAPABILITIES = [{"ref": name} for name in ("test_weather", "test_math", "current_time", "test_faults")]
+CAPABILITIES = [{"ref": name} for name in ("test_weather", "test_math", "current_time", "test_faults", "session")]
 
 EXPECTED_OUTPUT = {
     "README.md": "turn.completed after",
@@ -161,6 +164,7 @@ async def test_the_curl_examples_are_accepted(page: str, stack: Stack) -> None:
     assert examples
     model = (await stack.client.get("models")).json()["data"][0]
     origin = f"http://{urlsplit(stack.api).netloc}"
+    workspace = (await stack.client.post("workspaces", json={"name": "examples"})).json()["id"]
     for command in examples:
         # Each in a session of its own: some scripts of llmsim run until they are cancelled.
         session = await _new_session(stack)
@@ -169,6 +173,7 @@ async def test_the_curl_examples_are_accepted(page: str, stack: Stack) -> None:
             "SESSION": session,
             "MODEL": model["id"],
             "PROVIDER": model["provider_id"],
+            "WORKSPACE": workspace,
         }
         request = curl_request(command, values)
         url = request.url.replace("http://127.0.0.1:9300", origin)

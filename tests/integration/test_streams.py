@@ -300,7 +300,7 @@ async def test_a_wrong_parameter_is_refused_before_the_stream_starts(
     assert api.hub.open_streams == 0
 
 
-@pytest.mark.parametrize(("session", "status"), [("session_1", 400), (new_id(Prefix.SESSION), 404)])
+@pytest.mark.parametrize(("session", "status"), [("session_1", 400), (f"session_{8:032x}", 404)])
 async def test_a_stream_of_no_session_is_refused(api: ApiProcess, session: str, status: int) -> None:
     async with SseConnection(api.sse(session)) as stream:
         assert stream.status == status

@@ -24,10 +24,12 @@ from activities.llm import load_driver
 from activities.mirror import EventMirror
 from activities.reason import ReasonActivity
 from db.messages import MessageStore
+from db.session_resources import DatabaseResources
 from db.turn_ending import LOST_TURN_REASON, SUPERSEDED_REASON
 from domain.events import StoredEvent
 from domain.ids import Prefix, parse_id
 from domain.model import USER_ERROR_CODES
+from infra.encryption import Keyring
 from infra.temporal_worker import WorkerOptions, running_workers
 from tests.conftest import turn_store
 from tests.stack import EVERRUNS, Json, Stack, of_type, payload
@@ -830,7 +832,7 @@ async def worker_of_ours(
         workflows=[Turn],
         activities=[
             ReasonActivity(state, registry, load_driver).reason,
-            ActActivity(state, registry).act,
+            ActActivity(state, registry, DatabaseResources(stack.pool, Keyring.of(None, None))).act,
             bookkeeping.finish,
             bookkeeping.record_message,
         ],

@@ -590,7 +590,7 @@ async def run(
     driver: AnthropicMessages, provider: FakeProvider, *messages: Message, **changes: Any
 ) -> list[StreamEvent]:
     asked = request(*messages, **{"endpoint": endpoint(provider), **changes})
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         return [event async for event in driver.stream(asked)]
 
 

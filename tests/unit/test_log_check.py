@@ -427,6 +427,7 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "the last delta lost": lost("output.message.delta", -2),
         "the only delta lost": lost("output.message.delta", -1),
         "anew without a word": lost("reason.recovered"),
+        "text after it was whole": edited("reason.recovered", mode="finalize"),
         "another text": edited("output.message.delta", -1, delta="Run"),
     },
     "thinking_adds_up": {

@@ -441,8 +441,8 @@ async def test_a_refusal_is_a_result(fake: FakeOpenAIChat) -> None:
 
 
 async def test_without_any_usage_it_is_estimated(fake: FakeOpenAIChat) -> None:
-    fake.play(Answer(text=["x" * 360], usage=None))
-    conversation = [user("y" * 3600)]
+    fake.play(Answer(text=["four " * 95], usage=None))
+    conversation = [user("four " * 950)]
     usage = end_of(await events_of(request(endpoint_of(fake), messages=conversation))).usage
     assert usage.output_tokens == pytest.approx(100, rel=0.3)
     assert usage.input_tokens == pytest.approx(1000, rel=0.3)

@@ -486,7 +486,7 @@ async def test_the_fake_speaks_the_wire_format_of_the_sdk(fake: FakeOpenAIRespon
     fake.reports = "response.failed"
     seen: set[str] = set()
     for body, answer in zip(bodies, answers, strict=True):
-        generation = fake._start(body, answer)
+        generation = fake.begin(body, answer)
         await until(lambda generation=generation: generation.is_over and bool(generation.events[-1].get("response")))
         for event in generation.events:
             event_type.validate_python(event)

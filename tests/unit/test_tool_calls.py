@@ -21,16 +21,12 @@ from domain.capabilities import Tool, ToolContext, ToolError
 from domain.events import ToolStatus
 from domain.messages import TextPart
 from domain.tools import SideEffect
+from tests.tool_context import PlainContext
 
 TOOLS = {tool.name: tool for capability in builtin_registry().list() for tool in capability.tools}
 
 
-class Context:
-    session_id = "session_1"
-    turn_id = "turn_1"
-    tool_call_id = "call_1"
-    idempotency_key = "key_1"
-
+class Context(PlainContext):
     def __init__(self, timezone: str | None = None, attempt: int = 1) -> None:
         self.timezone = timezone
         self.attempt = attempt
@@ -38,9 +34,6 @@ class Context:
 
     async def progress(self, message: str) -> None:
         self.progress_reports.append(message)
-
-    async def output(self, text: str, stream: str = "stdout") -> None:
-        pass
 
 
 class Item(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
