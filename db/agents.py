@@ -134,7 +134,6 @@ async def _values(changes: AgentChanges) -> Row:
         values["harness_id"] = await assignable_harness(changes.harness_id or None, changes.harness_name or None)
     await require_model(values.get("default_model_id"), "default_model_id")
     await require_fallback_models(values.get("fallback_model_ids"))
-    await require_fallback_models(values.get("fallback_model_ids"))
     return values
 
 

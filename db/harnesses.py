@@ -97,7 +97,6 @@ async def _editable(harness_id: str) -> Row:
 async def _check_references(values: Row, own_id: UUID | None) -> None:
     await require_model(values.get("default_model_id"), "default_model_id")
     await require_fallback_models(values.get("fallback_model_ids"))
-    await require_fallback_models(values.get("fallback_model_ids"))
     parent = values.get("parent_harness_id")
     if isinstance(parent, UUID):
         await _check_parent(parent, own_id)

@@ -50,6 +50,7 @@ from domain.model_profiles import EffortConfig, EffortValue, ModelModalities, Mo
 from domain.secret import Secret
 from domain.tools import BuiltinTool
 from tests.conftest import served
+from tests.contract.subjects import FAILURES
 from tests.fakes.openai_chat import (
     GEMINI_RETRY_SECONDS,
     MODEL,
@@ -891,22 +892,6 @@ def test_an_error_is_found_wherever_servers_put_it_into_a_stream(found: object, 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
 
-KINDS: dict[Failure, ModelErrorKind] = {
-    "rate_limit": ModelErrorKind.RATE_LIMITED,
-    "overloaded": ModelErrorKind.OVERLOADED,
-    "server_error": ModelErrorKind.SERVER_ERROR,
-    "quota": ModelErrorKind.QUOTA_EXHAUSTED,
-    "usage_limit": ModelErrorKind.USAGE_LIMIT,
-    "auth": ModelErrorKind.AUTHENTICATION,
-    "permission": ModelErrorKind.AUTHENTICATION,
-    "attestation": ModelErrorKind.ATTESTATION_REQUIRED,
-    "not_found": ModelErrorKind.UNSUPPORTED_MODEL,
-    "overflow": ModelErrorKind.CONTEXT_OVERFLOW,
-    "tool_schema": ModelErrorKind.INVALID_TOOL_SCHEMA,
-    "content_filter": ModelErrorKind.CONTENT_FILTERED,
-    "invalid_request": ModelErrorKind.INVALID_REQUEST,
-}
-
 
 @pytest.mark.parametrize("server", [FakeOpenAIChat, FakeOpenRouter, FakeGemini])
 async def test_every_failure_has_its_kind_before_a_stream_and_inside_one(server: type[FakeProvider]) -> None:
@@ -918,7 +903,7 @@ async def test_every_failure_has_its_kind_before_a_stream_and_inside_one(server:
             before, inside = await failure_of(call), await failure_of(call)
             seen[failure] = (before.kind, inside.kind)
             assert KEY not in before.message + inside.message
-    assert seen == {failure: (kind, kind) for failure, kind in KINDS.items()}
+    assert seen == {failure: (kind, kind) for failure, kind in FAILURES.items()}
 
 
 async def test_failures_carry_what_a_client_can_act_on(fake: FakeOpenAIChat, gemini: FakeGemini) -> None:

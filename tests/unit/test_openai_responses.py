@@ -54,6 +54,7 @@ from domain.providers import API_KEY
 from domain.secret import Secret
 from domain.tools import BuiltinTool
 from infra.network import free_port
+from tests.contract.subjects import FAILURES
 from tests.fakes.openai_responses import FakeOpenAIResponses, Generation, encrypted
 from tests.fakes.script import Answer, Call, Failure, Usage
 
@@ -841,22 +842,6 @@ async def test_an_organization_that_may_see_no_summaries_gets_its_answer(
 
 # --- failures ---------------------------------------------------------------------------------------------------------
 
-KINDS: dict[Failure, ModelErrorKind] = {
-    "rate_limit": ModelErrorKind.RATE_LIMITED,
-    "overloaded": ModelErrorKind.OVERLOADED,
-    "server_error": ModelErrorKind.SERVER_ERROR,
-    "quota": ModelErrorKind.QUOTA_EXHAUSTED,
-    "usage_limit": ModelErrorKind.USAGE_LIMIT,
-    "auth": ModelErrorKind.AUTHENTICATION,
-    "permission": ModelErrorKind.AUTHENTICATION,
-    "attestation": ModelErrorKind.ATTESTATION_REQUIRED,
-    "not_found": ModelErrorKind.UNSUPPORTED_MODEL,
-    "overflow": ModelErrorKind.CONTEXT_OVERFLOW,
-    "tool_schema": ModelErrorKind.INVALID_TOOL_SCHEMA,
-    "content_filter": ModelErrorKind.CONTENT_FILTERED,
-    "invalid_request": ModelErrorKind.INVALID_REQUEST,
-}
-
 
 @pytest.mark.parametrize("failure", get_args(Failure))
 async def test_a_failure_before_the_stream_is_classified_and_not_tried_again(
@@ -864,7 +849,7 @@ async def test_a_failure_before_the_stream_is_classified_and_not_tried_again(
 ) -> None:
     fake.play(Answer(failure=failure, retry_after_seconds=3))
     events, error = await failure_of(driver, request_for(fake, options=BACKGROUND))
-    assert (events, error.kind, len(fake.requests)) == ([], KINDS[failure], 1)
+    assert (events, error.kind, len(fake.requests)) == ([], FAILURES[failure], 1)
     assert error.retry_after_seconds == 3
 
 
@@ -878,7 +863,7 @@ async def test_a_failure_inside_the_stream_is_classified_however_it_is_told(
     fake.reports = reports
     fake.play(Answer(text=["One ", "two"], failure=failure, after=1, retry_after_seconds=5))
     events, error = await failure_of(driver, request_for(fake, options=BACKGROUND))
-    assert (text_of(events), error.kind, len(fake.requests)) == ("One ", KINDS[failure], 1)
+    assert (text_of(events), error.kind, len(fake.requests)) == ("One ", FAILURES[failure], 1)
     assert error.retry_after_seconds == 5
 
 
@@ -1174,7 +1159,7 @@ async def test_a_compaction_that_fails_says_why(
     fake.play(Answer(failure=failure))
     with pytest.raises(ModelError) as caught:
         await driver.compact(request_for(fake))
-    assert caught.value.kind is KINDS[failure]
+    assert caught.value.kind is FAILURES[failure]
 
 
 async def test_a_compaction_goes_without_reasoning_that_is_refused(
