@@ -7,10 +7,9 @@ project, extra headers) does not reach other people's servers. Proxies from the 
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Final
 
 from activities.llm.openai_errors import error_of, masked, model_error
@@ -21,7 +20,7 @@ from domain.secret import Secret
 __all__ = ["client_of", "error_of", "key_of", "list_models", "masked", "model_error"]
 
 _MAX_CLIENTS: Final = 64
-"""A process serves many organizations' keys; one that falls out loses its warm connections, nothing else."""
+"""A process serves many organizations' keys. A client is made in a moment; what is worth keeping is in `_connections`."""
 
 _CONNECT_TIMEOUT_SECONDS: Final = 10.0
 _READ_TIMEOUT_SECONDS: Final = 600.0
@@ -29,9 +28,6 @@ _READ_TIMEOUT_SECONDS: Final = 600.0
 
 _NO_KEY: Final = "no-key"
 """For servers without authentication: the SDK insists on sending something."""
-
-_closing: Final[set[asyncio.Task[None]]] = set()
-"""The loop itself keeps no hold of its tasks."""
 
 _NOT_FOR_CHAT: Final = re.compile(
     r"(?:^|[-_/.:])(?:embed\w*|bge|whisper|tts|dall-e|gpt-image|image|imagen|veo|sora|lyria|moderation|transcribe|realtime"
@@ -72,42 +68,51 @@ def client_of(endpoint: ModelEndpoint):
         raise model_error(error) from None
 
 
-@lru_cache(maxsize=_MAX_CLIENTS)
-def _client(base_url: str, key: Secret | None, key_in_own_header: bool):
+@cache
+def _connections():
+    """One pool for all keys, so that a client that falls out of the cache has nothing to close, and a stream on it goes on."""
+    from http.cookiejar import CookieJar, DefaultCookiePolicy
+
     import httpx2
-    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+    from openai import DefaultAsyncHttpxClient
 
-    text = key.reveal().strip() if key else _NO_KEY
-
-    class Connections(DefaultAsyncHttpxClient):
-        """Closes itself when neither the cache nor a running stream holds it any longer."""
-
-        def __del__(self) -> None:
-            try:
-                closing = asyncio.get_running_loop().create_task(self.aclose())
-            except RuntimeError:  # no loop any more, and with it no connections
-                return
-            _closing.add(closing)
-            closing.add_done_callback(_closing.discard)
-
-    def authenticate(request: httpx2.Request) -> httpx2.Request:
-        if key_in_own_header:
-            # Azure takes a bearer token for one of Entra ID, and refuses it although the key beside it is right.
+    def one_key(request: httpx2.Request) -> httpx2.Request:
+        if "api-key" in request.headers:
+            # Azure takes a bearer token for one of Entra ID, and refuses it although the key beside it is right. The SDK insists
+            # on sending one.
             request.headers.pop("authorization", None)
-            request.headers["api-key"] = text
         return request
 
-    timeout = httpx2.Timeout(_READ_TIMEOUT_SECONDS, connect=_CONNECT_TIMEOUT_SECONDS)
+    return DefaultAsyncHttpxClient(
+        timeout=_timeout(),
+        auth=one_key,
+        # What a server sets for one key must not go along with another.
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+        # A redirect would carry the conversation, and a key in a header of its own, to an address nobody has configured.
+        follow_redirects=False,
+    )
+
+
+def _timeout():
+    from openai import Timeout
+
+    return Timeout(_READ_TIMEOUT_SECONDS, connect=_CONNECT_TIMEOUT_SECONDS)
+
+
+@lru_cache(maxsize=_MAX_CLIENTS)
+def _client(base_url: str, key: Secret | None, key_in_own_header: bool):
+    from openai import AsyncOpenAI
+
+    text = key.reveal().strip() if key else _NO_KEY
     client = AsyncOpenAI(
         api_key=text,
         admin_api_key="",
         base_url=base_url,
         max_retries=0,
-        timeout=timeout,
+        timeout=_timeout(),
         # An explicit header goes before one of OPENAI_CUSTOM_HEADERS.
-        default_headers={"Authorization": f"Bearer {text}"},
-        # A redirect would carry the conversation, and a key in a header of its own, to an address nobody has configured.
-        http_client=Connections(timeout=timeout, auth=authenticate, follow_redirects=False),
+        default_headers={"Authorization": f"Bearer {text}", **({"api-key": text} if key_in_own_header else {})},
+        http_client=_connections(),
     )
     client.organization = None
     client.project = None
