@@ -16,6 +16,7 @@ from domain.conversation import messages_of
 from domain.errors import InvalidInput
 from domain.ids import DEFAULT_ORG_ID, Prefix, parse_id
 from domain.messages import Controls, Delivery, ExternalActor, InputPart, Message
+from domain.resources import SessionStatus
 from domain.tools import ClientToolResult
 
 MESSAGE_TYPES = ("input.message", "output.message.completed", "tool.completed")
@@ -128,11 +129,16 @@ async def list_messages(session_id: FromPath[str], services: NamedDependency[Ser
 async def submit_tool_results(
     session_id: FromPath[str], data: JSONBody[SubmitToolResults], services: NamedDependency[Services]
 ) -> ToolResultsAccepted:
-    """Results or errors of the calls of a `tool.call_requested` event. Calls left out are told to the model as interrupted."""
+    """Results or errors of the calls of a `tool.call_requested` event. Calls left out are told to the model as interrupted.
+
+    While a question of `ask_user` is open the session goes on waiting, and calls left out may still be returned.
+    """
     parse_id(Prefix.SESSION, session_id)
-    accepted = await services.messages.submit_tool_results(DEFAULT_ORG_ID, session_id, data.tool_results)
-    services.background.start(services.turns.tool_results(session_id, accepted), "deliver tool results")
-    return ToolResultsAccepted(accepted=len(accepted), status="active")
+    settled = await services.messages.submit_tool_results(DEFAULT_ORG_ID, session_id, data.tool_results)
+    if settled.ends_wait:
+        services.background.start(services.turns.tool_results(session_id, settled.call_ids), "deliver tool results")
+    status = SessionStatus.ACTIVE if settled.ends_wait else SessionStatus.WAITING_FOR_TOOL_RESULTS
+    return ToolResultsAccepted(accepted=len(settled.call_ids), status=status)
 
 
 @post(

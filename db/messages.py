@@ -1,4 +1,6 @@
-"""What clients put into a running session: messages, results of client-side tools, and the question whether to cancel."""
+"""What clients put into a running session: messages, results of client-side tools, answers of the user, and the question whether
+to cancel.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,19 @@ import asyncpg
 import msgspec
 from msgspec import Struct
 
-from db import inbox, tool_ledger
-from db.event_log import EventLog
-from db.turn_rows import StateRow, lock_state, read_turn
+from db import client_calls, inbox
+from db.client_calls import SettledCalls
+from db.event_log import EventLog, SessionTransaction
+from db.turn_rows import StateRow, lock_state
 from domain.clock import now_timestamp
-from domain.errors import InvalidInput, NotFound, NotWaitingForToolResults, TooManyRunning, UnknownModel
+from domain.errors import InvalidInput, NotFound, TooManyRunning, UnknownModel
 from domain.events import InputMessage, NewEvent
 from domain.ids import Prefix, new_id, parse_id
 from domain.messages import ContentPart, Controls, Delivery, ExternalActor, InputPart, Message, Role, TextPart
 from domain.ports import TurnLabels
+from domain.questions import AnswerSubmission
 from domain.tools import ClientToolResult
-from domain.turns import SessionGone, ToolSettlement
+from domain.turns import SessionGone
 
 MAX_ACTIVE_TURNS_PER_ORG: Final = 1_000
 PREVIEW_CHARACTERS: Final = 200
@@ -164,47 +168,36 @@ class MessageStore:
         if not await connection.fetchval(_MODEL_EXISTS, org_id, model):
             raise UnknownModel(f"`{controls.model_id}` names no enabled model", field="controls.model_id")
 
-    async def submit_tool_results(self, org_id: int, session_id: str, results: Sequence[ClientToolResult]) -> list[str]:
-        """Settle client-side calls; returns the ids that were open. Sending the same results again is harmless.
+    async def submit_tool_results(
+        self, org_id: int, session_id: str, results: Sequence[ClientToolResult]
+    ) -> SettledCalls:
+        """Settle client-side calls. Sending the same results again is harmless.
 
         Raises `NotFound`, `InvalidInput`, `NotWaitingForToolResults`.
         """
         if not results:
             raise InvalidInput("`tool_results` must not be empty", field="tool_results")
         async with self._log.transaction(session_id) as work:
-            try:
-                state = await lock_state(work)
-            except SessionGone as error:
-                raise NotFound("Session not found") from error
-            if await work.connection.fetchrow(_SESSION, work.key, org_id) is None:
-                raise NotFound("Session not found")
-            rows = [await tool_ledger.read_call(work, result.tool_call_id) for result in results]
-            known = [row for row in rows if row is not None and row.kind == "client"]
-            if state.status != "waiting_for_tool_results":
-                if known and len(known) == len(results) and all(row.status == "settled" for row in known):
-                    return [row.call.id for row in known]
-                status = state.status
-                raise NotWaitingForToolResults(f"Session is not waiting for tool results (current status: {status})")
-            if not known:
-                raise InvalidInput(
-                    f"`{results[0].tool_call_id[:80]}` is not an open client-side tool call of this session",
-                    field="tool_results[0].tool_call_id",
-                )
-            turn = None if state.turn_id is None else await read_turn(work, state.turn_id)
-            if turn is None:
-                raise NotWaitingForToolResults("Session is not waiting for tool results (current status: idle)")
-            accepted: list[str] = []
-            for row, result in zip(rows, results, strict=True):
-                if row is None or row.kind != "client":
-                    continue
-                accepted.append(row.call.id)
-                if row.status != "settled":
-                    await tool_ledger.settle_call(work, turn, row, _settlement(result))
-            if all(row.status == "settled" for row in known):
-                # Results of an earlier wait, sent again: the present one goes on.
-                return accepted
-            await work.connection.execute("UPDATE session_state SET status = 'active' WHERE session_id = $1", work.key)
-        return accepted
+            return await client_calls.take_results(work, await self._lock_own(work, org_id), results)
+
+    async def answer_questions(
+        self, org_id: int, session_id: str, answers: AnswerSubmission, *, tool_call_id: str | None = None
+    ) -> SettledCalls:
+        """Settle a call of `ask_user`; without its id the only one that waits. Sending the same answer again is harmless.
+
+        Raises `NotFound`, `InvalidInput`, `NotWaitingForAnswers`.
+        """
+        async with self._log.transaction(session_id) as work:
+            return await client_calls.take_answers(work, await self._lock_own(work, org_id), answers, tool_call_id)
+
+    async def _lock_own(self, work: SessionTransaction, org_id: int) -> StateRow:
+        try:
+            state = await lock_state(work)
+        except SessionGone as error:
+            raise NotFound("Session not found") from error
+        if await work.connection.fetchrow(_SESSION, work.key, org_id) is None:
+            raise NotFound("Session not found")
+        return state
 
     async def cancel_cursor(self, org_id: int, session_id: str) -> int | None:
         """The last sequence when there is something to cancel, None when the session rests. Raises `NotFound`."""
@@ -245,11 +238,3 @@ def _storable(parts: Sequence[InputPart]) -> list[ContentPart]:
         TextPart(text=part.text.replace("\0", "\ufffd")) if isinstance(part, TextPart) and "\0" in part.text else part
         for part in parts
     ]
-
-
-def _settlement(result: ClientToolResult) -> ToolSettlement:
-    if result.error is not None:
-        return ToolSettlement(status="error", error=result.error)
-    value = result.result
-    text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-    return ToolSettlement(status="success", result=[TextPart(text=text)])

@@ -25,6 +25,7 @@ from domain.events import (
     TranscriptRepaired,
 )
 from domain.ids import Prefix, derived_id
+from domain.questions import QuestionSet, asked_by
 from domain.tools import SideEffect, ToolCall, ToolCallSummary
 from domain.turns import CallRef, PlannedCall, ToolSettlement
 
@@ -42,6 +43,7 @@ _OPEN_TEXT: Final[dict[str, str]] = {
     "superseded": "Cancelled: user sent a new message",
     "iteration_limit": "Not executed: the turn reached its iteration limit",
 }
+_NO_ANSWER: Final = "The user did not answer in time. Go on without the answer, or ask again later."
 
 _COLUMNS: Final = """call_id, turn_id, iteration, ordinal, name, display_name, arguments, kind, side_effect, concurrency_class,
     timeout_seconds, status, outcome, attempt, starts, worker, problem"""
@@ -75,6 +77,11 @@ class CallRow(Struct, frozen=True, kw_only=True):
     worker: str | None
     iteration: int
     problem: str | None = None
+
+    @property
+    def asked(self) -> QuestionSet | None:
+        """The questions that only the user can answer, if the call asks any."""
+        return asked_by(self.call) if self.kind == "client" else None
 
     def ref(self) -> CallRef:
         return CallRef(
@@ -264,7 +271,9 @@ async def request_client_calls(work: SessionTransaction, turn: TurnRow, rows: Se
     await work.append(
         NewEvent(
             data=ToolCallRequested(
-                tool_calls=[row.call for row in waiting], tool_summaries=[_summary(row) for row in waiting]
+                tool_calls=[row.call for row in waiting],
+                tool_summaries=[_summary(row) for row in waiting],
+                questions=[asked for row in waiting if (asked := row.asked) is not None] or None,
             ),
             context=turn_context(turn),
             dedupe_key=f"tool.call_requested:{turn.id.hex}:{waiting[0].iteration}",
@@ -285,6 +294,7 @@ async def settle_open_calls(work: SessionTransaction, turn: TurnRow, why: OpenCa
             text = _OPEN_TEXT[why]
             if why == "timed_out":
                 status = "timeout"
+                text = _NO_ANSWER if row.asked is not None else text
             elif _may_have_run(row):
                 text = f"{text}. {OUTCOME_UNKNOWN}"
         await settle_call(work, turn, row, ToolSettlement(status=status, error=text))
@@ -303,7 +313,8 @@ async def settle_open_calls(work: SessionTransaction, turn: TurnRow, why: OpenCa
 
 def _interruption(row: CallRow) -> str:
     if row.kind == "client":
-        return "Cancelled: interrupted before the client returned a result"
+        who = "client returned a result" if row.asked is None else "user answered"
+        return f"Cancelled: interrupted before the {who}"
     if _may_have_run(row):
         return OUTCOME_UNKNOWN
     return _NOT_RUN if row.status == "requested" else _STOPPED

@@ -21,6 +21,7 @@ from domain.workspace import (
     PATH_MAX_BYTES,
     BadPath,
     DirectoryNotEmpty,
+    FileConflict,
     FileEntry,
     FileExists,
     FileMissing,
@@ -105,6 +106,19 @@ class WorkspaceChanges:
 
     async def entry(self, path: str) -> asyncpg.Record | None:
         return (await self._at([path])).get(path)
+
+    async def check_hashes(self, expected: Mapping[str, str | None]) -> None:
+        """None stands for what must not be there. Raises `FileConflict`."""
+        found = {path: entry_of(row) for path, row in (await self._at(expected)).items()}
+        changed = [
+            path
+            for path, content_hash in sorted(expected.items())
+            if (path in found) != (content_hash is not None)
+            or (path in found and found[path].content_hash != content_hash)
+        ]
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise FileConflict(f"{shown(changed[0])}{more} changed in the meantime")
 
     async def existing(self, paths: Sequence[str]) -> set[str]:
         return set(await self._at(paths))

@@ -43,6 +43,10 @@ READ: Final = """SELECT e.*, b.content, b.is_text FROM workspace_entries e
     LEFT JOIN workspace_blobs b ON b.org_id = e.org_id AND b.hash = e.blob_hash
     WHERE e.workspace_id = $1 AND e.path = $2"""
 
+READ_MANY: Final = """SELECT e.*, b.content FROM workspace_entries e
+    JOIN workspace_blobs b ON b.org_id = e.org_id AND b.hash = e.blob_hash
+    WHERE e.workspace_id = $1 AND e.path = ANY($2::text[]) ORDER BY e.path"""
+
 
 class DatabaseFiles:
     """Use `of_session` or `of_workspace`. Whether the caller may is checked before; tools go on in an archived workspace."""
@@ -79,6 +83,12 @@ class DatabaseFiles:
     async def read(self, path: str) -> tuple[FileEntry, bytes]:
         stored = await self.read_stored(path)
         return stored.entry, stored.content
+
+    async def read_many(self, paths: Sequence[str]) -> list[tuple[FileEntry, bytes]]:
+        normal = [normal_path(path) for path in paths]
+        async with self._reading() as (connection, workspace):
+            rows = await connection.fetch(READ_MANY, workspace["id"], normal)
+        return [(entry_of(row), row["content"]) for row in rows]
 
     async def read_stored(self, path: str) -> StoredFile:
         normal = normal_path(path)
@@ -156,10 +166,15 @@ class DatabaseFiles:
             self._pool, workspace["org_id"], workspace["id"], pattern, normal, path_pattern
         )
 
-    async def apply(self, written: Mapping[str, bytes], deleted: Sequence[str]) -> list[FileEntry]:
+    async def apply(
+        self, written: Mapping[str, bytes], deleted: Sequence[str], *, expected: Mapping[str, str | None] | None = None
+    ) -> list[FileEntry]:
         files = {file_path(path): NewFile(content=content) for path, content in written.items()}
         gone = [file_path(path) for path in deleted]
         async with self._changing() as changes:
+            await changes.check_hashes(
+                {file_path(path): content_hash for path, content_hash in (expected or {}).items()}
+            )
             await changes.delete(gone, recursive=True)
             entries = await changes.put(files)
             return [entries[path] for path in files]

@@ -90,7 +90,7 @@ class ToolContext(Protocol):
 
 
 class Tool(Struct, frozen=True, kw_only=True):
-    """A server-side tool. `arguments` is the Struct its calls are decoded into; the function's result must be JSON-able."""
+    """A tool we define. `arguments` is the Struct its calls are decoded into; the function's result must be JSON-able."""
 
     name: str
     description: str
@@ -101,6 +101,9 @@ class Tool(Struct, frozen=True, kw_only=True):
     concurrency_class: str | None = None
     timeout_seconds: float = 300.0
     readonly: bool | None = None
+    answered_by: Literal["worker", "user"] = "worker"
+    """Who gives a call its result: a worker that awaits `run`, or a person, over the API. Then no worker does anything: arguments
+    are checked when the call is planned, the turn waits for it as for a client-side call, and `run` is never awaited."""
 
 
 class Capability(Struct, frozen=True, kw_only=True):
@@ -109,6 +112,8 @@ class Capability(Struct, frozen=True, kw_only=True):
     id: str
     name: str
     description: str
+    aliases: tuple[str, ...] = ()
+    """Other ids that references may use."""
     category: str | None = None
     icon: str | None = None
     status: Literal["available", "coming_soon", "deprecated"] = "available"

@@ -21,6 +21,7 @@
         ContentChanged                 409 content_changed
         Archived                       409 archived
         NotWaitingForToolResults       409 not_waiting_for_tool_results
+        NotWaitingForAnswers           409 not_waiting_for_answers
         ResourceLimit                  409 resource_limit
         KeyRefused                     409 key_refused
       PayloadTooLarge                  413 payload_too_large
@@ -175,6 +176,12 @@ class NotWaitingForToolResults(Conflict):
     """Session is not waiting for tool results"""
 
     code = "not_waiting_for_tool_results"
+
+
+class NotWaitingForAnswers(Conflict):
+    """No question of this session is waiting for an answer"""
+
+    code = "not_waiting_for_answers"
 
 
 class ResourceLimit(Conflict):

@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from domain.messages import ContentPart, Message, Phase
+from domain.questions import QuestionSet
 from domain.tools import ToolCall, ToolCallSummary
 
 EVENT_TYPES: Final[dict[str, str]] = {
@@ -367,6 +368,7 @@ class ToolCallRequested(EventPayload, frozen=True, kw_only=True, omit_defaults=T
     tool_calls: list[ToolCall]
     tool_summaries: list[ToolCallSummary] | None = None
     headline: str | None = None
+    questions: list[QuestionSet] | None = None
 
 
 class TranscriptRepaired(EventPayload, frozen=True, kw_only=True, omit_defaults=True):

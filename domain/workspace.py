@@ -192,6 +192,10 @@ class WorkspaceFiles(Protocol):
 
     async def read(self, path: str) -> tuple[FileEntry, bytes]: ...
 
+    async def read_many(self, paths: Sequence[str]) -> list[tuple[FileEntry, bytes]]:
+        """All of them in memory at once, in the order of their paths. What is no file is left out."""
+        ...
+
     async def write(
         self,
         path: str,
@@ -233,9 +237,12 @@ class WorkspaceFiles(Protocol):
         """
         ...
 
-    async def apply(self, written: Mapping[str, bytes], deleted: Sequence[str]) -> list[FileEntry]:
+    async def apply(
+        self, written: Mapping[str, bytes], deleted: Sequence[str], *, expected: Mapping[str, str | None] | None = None
+    ) -> list[FileEntry]:
         """Many changes at once or none; what a shell left behind. Returns the entries that were written.
 
-        Deletes first, directories with what is in them; what is not there any more is no problem.
+        Deletes first, directories with what is in them; what is not there any more is no problem. `expected` holds the hashes
+        that files must have for that, with None for what must not be there; otherwise `FileConflict`.
         """
         ...

@@ -10,6 +10,7 @@ from typing import Final
 
 from activities.capabilities import compaction, prompt_caching
 from activities.capabilities.registry import ResolvedCapabilities
+from activities.capabilities.tool_call import arguments_problem
 from domain.clock import now_timestamp
 from domain.config import TurnConfig
 from domain.messages import Message, Role, TextPart
@@ -58,13 +59,17 @@ def planned(
 ) -> PlannedCall:
     """What the ledger must know about a call. A call of a tool nobody offered is run too: its result says so.
 
-    So is a call whose arguments could not be read, even of a client's tool: nobody could run it.
+    So is a call whose arguments could not be read, even of a client's tool: nobody could run it. A tool that the user answers is
+    the client's to the ledger, once its arguments are known to be right: nobody is asked nonsense.
     """
     tool = resolved.tool(call.name)
+    by_user = tool is not None and tool.tool.answered_by == "user"
+    if tool is not None and by_user and problem is None:
+        problem = arguments_problem(tool.tool, call.arguments)
     if tool is not None:
         return PlannedCall(
             call=call,
-            kind="server",
+            kind="client" if by_user and problem is None else "server",
             side_effect=tool.tool.side_effect if problem is None else SideEffect.PURE,
             timeout_seconds=tool.tool.timeout_seconds,
             concurrency_class=tool.tool.concurrency_class,

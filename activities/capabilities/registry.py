@@ -14,11 +14,14 @@ import msgspec
 from msgspec import Struct
 
 from activities.capabilities import (
+    ask_user,
+    bashkit_shell,
     compaction,
     current_time,
     error_disclosure,
     prompt_caching,
     session,
+    session_file_system,
     session_storage,
     stateless_todo_list,
     test_faults,
@@ -48,9 +51,11 @@ __all__ = [
 BUILTIN_MODULES: tuple[ModuleType, ...] = (
     current_time,
     stateless_todo_list,
+    ask_user,
     error_disclosure,
     prompt_caching,
     compaction,
+    session_file_system,
     session_storage,
     session,
     test_math,
@@ -99,11 +104,13 @@ class CapabilityRegistry:
     def __init__(self) -> None:
         self._capabilities: dict[str, Capability] = {}
         self._tools: dict[str, tuple[ResolvedTool, ...]] = {}
+        self._aliases: dict[str, str] = {}
 
     def register(self, capability: Capability) -> None:
         """Add a capability; `ValueError` when its id is taken or one of its tools could not be offered to a model."""
-        if capability.id in self._capabilities:
-            raise ValueError(f"capability `{capability.id}` is already registered")
+        ids = (capability.id, *capability.aliases)
+        if taken := [one for one in ids if one in self._capabilities or one in self._aliases or ids.count(one) > 1]:
+            raise ValueError(f"capability `{taken[0]}` is already registered")
         names = [tool.name for tool in capability.tools]
         for name in names:
             if not _TOOL_NAME.fullmatch(name) or names.count(name) > 1:
@@ -113,9 +120,14 @@ class CapabilityRegistry:
             for tool in capability.tools
         )
         self._capabilities[capability.id] = capability
+        self._aliases.update(dict.fromkeys(capability.aliases, capability.id))
 
     def get(self, capability_id: str) -> Capability | None:
-        return self._capabilities.get(capability_id)
+        """By its id or one of its aliases."""
+        return self._capabilities.get(self._id_of(capability_id))
+
+    def _id_of(self, ref: str) -> str:
+        return self._aliases.get(ref, ref)
 
     def list(self) -> tuple[Capability, ...]:
         return tuple(self._capabilities.values())
@@ -132,12 +144,13 @@ class CapabilityRegistry:
 
     def resolve(self, refs: Sequence[CapabilityRef]) -> ResolvedCapabilities:
         """Dependencies come before what needs them, otherwise the order of `refs` is kept; it is the order of the prompt."""
-        configs = {ref.ref: ref.config for ref in refs}
+        configs = {self._id_of(ref.ref): ref.config for ref in refs}
         resolved: dict[str, ResolvedCapability] = {}
         missing: dict[str, None] = {}
         entered: set[str] = set()  # also what ends a circle of dependencies
 
-        def add(capability_id: str) -> None:
+        def add(ref: str) -> None:
+            capability_id = self._id_of(ref)
             if capability_id in entered:
                 return
             entered.add(capability_id)
@@ -174,6 +187,7 @@ def builtin_registry(private_hosts: Sequence[str] = ()) -> CapabilityRegistry:
     registry = CapabilityRegistry()
     for module in BUILTIN_MODULES:
         registry.register(module.CAPABILITY)
+    registry.register(bashkit_shell.capability())
     registry.register(web_fetch.capability(private_hosts))
     return registry
 

@@ -60,6 +60,15 @@ async def call_tool(tool: Tool, context: ToolContext, arguments: dict[str, objec
         return _failed(INTERNAL_ERROR)
 
 
+def arguments_problem(tool: Tool, arguments: dict[str, object]) -> str | None:
+    """What the model is told about arguments that don't fit; None when they do."""
+    try:
+        msgspec.convert(arguments, tool.arguments)
+    except msgspec.ValidationError as error:
+        return truncated(_explain(tool, error))
+    return None
+
+
 def truncated(text: str) -> str:
     """The text, or as much of its beginning as fits, cut between characters and followed by a note."""
     # A lone surrogate has no place in UTF-8 and would only fail later, where the result is stored.

@@ -37,7 +37,7 @@ def tool_definition(tool: Tool, capability: Capability) -> BuiltinTool:
         parameters=struct_schema(tool.arguments),
         display_name=tool.display_name,
         category=capability.category,
-        policy="auto",
+        policy="client_side" if tool.answered_by == "user" else "auto",
         hints=ToolHints(
             readonly=True if tool.readonly is None and tool.side_effect is SideEffect.PURE else tool.readonly,
             idempotent=tool.side_effect is not SideEffect.AT_MOST_ONCE,

@@ -1,0 +1,1 @@
+"""Scripts in a sandboxed shell over the session's workspace."""
