@@ -38,6 +38,7 @@ from domain.tools import SideEffect
 from domain.turns import (
     ActInput,
     ActResult,
+    CallWait,
     NoProgress,
     ReasonBriefing,
     ReasonFailure,
@@ -182,6 +183,9 @@ class _MirroredActivity(ActivityInboundInterceptor):
         finish_first = opened.side_effect is SideEffect.AT_MOST_ONCE
         try:
             settlement = await (body() if finish_first else _unless_stopping(body))
+        except _WorkerStopping:
+            await self._state.release_call(ref, input.call_id)
+            raise
         except asyncio.CancelledError:
             details = activity.cancellation_details()
             if details is not None and details.cancel_requested:
@@ -189,6 +193,8 @@ class _MirroredActivity(ActivityInboundInterceptor):
                 stopped = ToolSettlement(status="cancelled", error=text)
                 await asyncio.shield(self._state.settle_call(ref, input.call_id, stopped))
             raise
+        if isinstance(settlement, CallWait):
+            return await self._state.suspend_call(ref, input.call_id, settlement)
         if not isinstance(settlement, ToolSettlement):
             raise TypeError(f"an act body returned {type(settlement).__name__}")
         return await self._state.settle_call(ref, input.call_id, settlement)

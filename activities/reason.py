@@ -12,11 +12,26 @@ import msgspec
 import structlog
 from temporalio import activity
 
-from activities.capabilities.assembly import offered_tools, planned, prompt, prompt_cache_wanted
-from activities.capabilities.registry import CapabilityRegistry, ResolvedCapabilities
+from activities.capabilities.assembly import (
+    arranged,
+    checked,
+    offered_tools,
+    output_guards,
+    parallel_calls_wanted,
+    planned,
+    prompt,
+    prompt_cache_wanted,
+    recorded,
+    repaired,
+)
+from activities.capabilities.registry import ResolvedCapabilities
+from activities.capabilities.turn_capabilities import TurnCapabilities
 from activities.context.compaction import ContextKeeper
 from activities.delta_writer import DeltaWriter
+from activities.output_gate import OutputGate
 from activities.step import ReasonStep, reason_step
+from domain.capabilities import OutputReplacement
+from domain.events import CapabilitySkipped, EventContext, NewEvent, TokenUsage
 from domain.model import (
     Alive,
     Began,
@@ -26,6 +41,7 @@ from domain.model import (
     ModelErrorKind,
     ModelRequest,
     ProviderState,
+    ReasoningItem,
     ResponseStopper,
     ResumePoint,
     StreamEvent,
@@ -34,11 +50,10 @@ from domain.model import (
     ToolCallReady,
 )
 from domain.model_profiles import with_cost
-from domain.token_estimate import prompt_tokens
+from domain.token_estimate import prompt_tokens, text_tokens
 from domain.turns import (
     ArrivedAnswer,
     PlannedCall,
-    ReasonBriefing,
     ReasonInput,
     ReasonOutcome,
     ResolvedModel,
@@ -62,7 +77,7 @@ class ReasonActivity:
     def __init__(
         self,
         state: TurnState,
-        capabilities: CapabilityRegistry,
+        capabilities: TurnCapabilities,
         load_driver: Callable[[str], Awaitable[ModelDriver]],
         *,
         stall_seconds: float = STALL_SECONDS,
@@ -82,13 +97,14 @@ class ReasonActivity:
             raise ModelError(problem.kind, problem.message, retry_after_seconds=problem.retry_after_seconds)
         if briefing.model is None:
             raise ModelError(ModelErrorKind.NOT_CONFIGURED, "no enabled model is chosen and there is no default")
-        resolved = self._capabilities.resolve(briefing.config.capabilities)
-        if resolved.missing:
-            log.warning("capabilities skipped", missing=list(resolved.missing))
+        resolved = await self._capabilities.resolve_for_prompt(step.ref.session_id, briefing.config)
+        if resolved.skipped:
+            await self._state.append(step.ref, [_skipped(step, resolved)])
         request = model_request(step, briefing.model, resolved)
         if briefing.answer is not None:
             # The whole answer arrived before the worker was lost: only its end was left to write.
-            return outcome(briefing.model, request, briefing.partial_text, briefing.answer)
+            request = shown(request, resolved)
+            return outcome(briefing.model, request, briefing.partial_text, briefing.answer, resolved)
         driver = await self._load_driver(briefing.model.provider_type)
         keeper = ContextKeeper(
             self._state,
@@ -100,6 +116,7 @@ class ReasonActivity:
             stall_seconds=self._stall_seconds,
         )
         request = await keeper.before_call(request)
+        guards = output_guards(resolved, self._capabilities.view(step.ref.session_id))
         async with DeltaWriter(
             self._state,
             step.ref,
@@ -107,9 +124,10 @@ class ReasonActivity:
             briefing.model,
             text=briefing.partial_text,
             thinking=briefing.partial_thinking,
+            make_gate=(lambda text: OutputGate(guards, text)) if guards else None,
         ) as writer:
             while True:
-                call = _Call(driver, request, briefing, resolved)
+                call = _Call(driver, shown(request, resolved), step, resolved)
                 try:
                     answer = await call.run(writer, self._stall_seconds)
                 except ModelError as error:
@@ -118,7 +136,8 @@ class ReasonActivity:
                     break
             answer = msgspec.structs.replace(answer, compaction=keeper.result)
             writer.arrived(answer)
-        return outcome(briefing.model, request, writer.text, answer, native_tokens=keeper.native_tokens)
+        request = shown(request, resolved)
+        return outcome(briefing.model, request, writer.text, answer, resolved, native_tokens=keeper.native_tokens)
 
 
 async def _shorter(
@@ -148,7 +167,7 @@ def model_request(step: ReasonStep, model: ResolvedModel, resolved: ResolvedCapa
         verbosity=controls.verbosity,
         speed=controls.speed,
         response_format=controls.response_format,
-        parallel_tool_calls=briefing.config.parallel_tool_calls,
+        parallel_tool_calls=parallel_calls_wanted(briefing.config, resolved),
         prompt_cache=prompt_cache_wanted(resolved),
         options=model.options,
         states=briefing.states,
@@ -157,15 +176,38 @@ def model_request(step: ReasonStep, model: ResolvedModel, resolved: ResolvedCapa
     )
 
 
+def _skipped(step: ReasonStep, resolved: ResolvedCapabilities) -> NewEvent:
+    """One per turn, whichever of its steps comes first."""
+    ref = step.ref
+    return NewEvent(
+        data=CapabilitySkipped(turn_id=ref.turn_id, refs=list(resolved.skipped)),
+        context=EventContext(turn_id=ref.turn_id, exec_id=ref.exec_id, trace_id=ref.turn_id),
+        dedupe_key=f"{CapabilitySkipped.event_type}:{ref.turn_id}",
+    )
+
+
+def shown(request: ModelRequest, resolved: ResolvedCapabilities) -> ModelRequest:
+    """The request as it goes to the model: last of all, capabilities arrange its messages."""
+    return msgspec.structs.replace(request, messages=arranged(request.messages, resolved))
+
+
 def outcome(
-    model: ResolvedModel, request: ModelRequest, text: str, answer: ArrivedAnswer, *, native_tokens: int = 0
+    model: ResolvedModel,
+    request: ModelRequest,
+    text: str,
+    answer: ArrivedAnswer,
+    resolved: ResolvedCapabilities,
+    *,
+    native_tokens: int = 0,
 ) -> ReasonOutcome:
-    """`native_tokens` are in the prompt besides its messages, in a form that only the provider can read."""
+    """`text` is what was streamed. `native_tokens` are in the prompt besides its messages, in a form that only the provider can
+    read.
+    """
     return ReasonOutcome(
         model=model,
-        prompt=request.messages,
+        prompt=recorded(request.messages, resolved),
         offered_tools=request.tools,
-        text=text,
+        text=text if answer.replacement is None else answer.replacement.replacement,
         answer=answer,
         estimated_prompt_tokens=prompt_tokens(request.messages, request.tools) + native_tokens,
     )
@@ -175,13 +217,16 @@ class _Call:
     """One call of a driver, from its first event to its terminal one."""
 
     def __init__(
-        self, driver: ModelDriver, request: ModelRequest, briefing: ReasonBriefing, resolved: ResolvedCapabilities
+        self, driver: ModelDriver, request: ModelRequest, step: ReasonStep, resolved: ResolvedCapabilities
     ) -> None:
         self._driver = driver
         self._request = request
-        self._briefing = briefing
+        self._session_id = step.ref.session_id
+        self._briefing = step.briefing
         self._resolved = resolved
         self._calls: list[PlannedCall] = []
+        self._emptied = False
+        """The arguments of a call are gone, and must not come back in what the provider keeps of it."""
         self._running: str | None = request.resume and request.resume.response_id
         """The response that goes on at the provider without us, if any."""
         self._first_token_ms: int | None = None
@@ -205,6 +250,9 @@ class _Call:
                 async for event in stream:
                     stall.reschedule(asyncio.get_running_loop().time() + stall_seconds)
                     finished = await self._take(event, writer) or finished
+                    if writer.replacement is not None and finished is None:
+                        finished = await self._cut_short(writer)
+                        break
         except TimeoutError as error:
             # A generation that goes on at the provider is left to: the next attempt takes it up again.
             raise ModelError(ModelErrorKind.TIMEOUT, f"nothing came for {stall_seconds:.0f} s") from error
@@ -216,7 +264,18 @@ class _Call:
             raise
         if finished is None:
             raise ModelError(ModelErrorKind.STREAM_CUT, "the stream ended without its terminal event")
+        await writer.settle()
         return self._answer(finished, writer)
+
+    async def _cut_short(self, writer: DeltaWriter) -> Finished:
+        """What stands for the end of a generation that a guardrail has ended. What it took is estimated: nobody says."""
+        await self._stop_generation()
+        written = f"{writer.thinking}{writer.text}"
+        usage = TokenUsage(
+            input_tokens=prompt_tokens(self._request.messages, self._request.tools),
+            output_tokens=text_tokens(written),
+        )
+        return Finished(reason="content_filter", usage=usage, response_id=self._running)
 
     async def _take(self, event: StreamEvent, writer: DeltaWriter) -> Finished | None:
         match event:
@@ -230,12 +289,22 @@ class _Call:
                 writer.add_thinking(event.text, event.cursor)
             case ToolCallReady():
                 self._note_first_token()
-                self._calls.append(planned(event.call, self._resolved, self._briefing.config, problem=event.problem))
+                self._calls.append(await asyncio.to_thread(self._plan, event))
             case Alive():
                 pass
             case Finished():
                 return event
         return None
+
+    def _plan(self, event: ToolCallReady) -> PlannedCall:
+        history = self._briefing.conversation.messages
+        event, repair = repaired(event, self._resolved, self._briefing.config, self._calls, history)
+        item = planned(event.call, self._resolved, self._briefing.config, problem=event.problem)
+        item = msgspec.structs.replace(item, repair=repair)
+        earlier = [one.call for one in self._calls]
+        item = checked(item, self._resolved, earlier, history, self._session_id)
+        self._emptied = self._emptied or (bool(event.call.arguments) and not item.call.arguments)
+        return item
 
     async def _begin(self, response_id: str, resumable: bool, writer: DeltaWriter) -> None:
         resume: ResumePoint | None = self._request.resume
@@ -261,8 +330,10 @@ class _Call:
             log.warning("a generation could not be stopped at its provider", error=type(error).__name__)
 
     def _answer(self, finished: Finished, writer: DeltaWriter) -> ArrivedAnswer:
+        if writer.replacement is not None:
+            return self._replaced_answer(finished, writer, writer.replacement)
         if not writer.text and not self._calls and finished.reason in ("content_filter", "refusal"):
-            writer.add_text(STOPPED_BY_FILTER if finished.reason == "content_filter" else REFUSED)
+            writer.add_own_text(STOPPED_BY_FILTER if finished.reason == "content_filter" else REFUSED)
         endpoint = self._request.endpoint
         state = ProviderState(
             provider_public_id=endpoint.provider_public_id,
@@ -280,7 +351,29 @@ class _Call:
             time_to_first_token_ms=self._first_token_ms,
             response_id=finished.response_id,
             phase=finished.phase,
-            state=state if finished.state else None,
-            reasoning_items=finished.reasoning_items,
+            state=state if finished.state and not self._emptied else None,
+            reasoning_items=[_shown_item(item, writer) for item in finished.reasoning_items],
             dropped_options=finished.dropped_options,
         )
+
+    def _replaced_answer(
+        self, finished: Finished, writer: DeltaWriter, replacement: OutputReplacement
+    ) -> ArrivedAnswer:
+        """Of what the model said nothing is kept but what was shown of its thinking; nothing it called is run."""
+        return ArrivedAnswer(
+            finish_reason="content_filter",
+            usage=with_cost(finished.usage, self._request.profile),
+            text_length=len(writer.text),
+            duration_ms=round((time.monotonic() - self._started) * 1000),
+            thinking=writer.thinking,
+            time_to_first_token_ms=self._first_token_ms,
+            response_id=finished.response_id,
+            dropped_options=finished.dropped_options,
+            replacement=replacement,
+        )
+
+
+def _shown_item(item: ReasoningItem, writer: DeltaWriter) -> ReasoningItem:
+    if not item.summary or writer.may_be_shown("\n".join(item.summary)):
+        return item
+    return msgspec.structs.replace(item, summary=[])

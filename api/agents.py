@@ -14,6 +14,8 @@ from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from msgspec import UNSET, UnsetType
 
 from api.agent_files import AgentFile, export_agent_file, parse_agent_file
+from api.caller import Caller
+from api.capability_refs import checked_refs
 from api.examples import AGENT_EXAMPLES
 from api.harnesses import NameAvailability
 from api.links import (
@@ -31,6 +33,7 @@ from api.links import (
 )
 from api.problems import AllowedAction, declared
 from api.requests import LayerRequest, MaxIterations, ToolInput, capability_refs, client_tools, present
+from api.scoped_servers import with_sealed_servers
 from api.services import Services
 from db import agents, session_stats
 from domain.errors import InvalidInput, NotFound
@@ -80,10 +83,10 @@ class AgentPage(Page, frozen=True, kw_only=True, omit_defaults=True):
     data: list[AgentView]
 
 
-def changes_of(services: Services, data: CreateAgent | UpdateAgent) -> AgentChanges:
+async def changes_of(services: Services, data: CreateAgent | UpdateAgent, caller: Caller) -> AgentChanges:
     capabilities = data.refs()
     if capabilities is not UNSET:
-        services.capabilities.check_refs(capabilities)
+        capabilities = await checked_refs(services, capabilities, caller)
     return AgentChanges(
         name=present(data.name),
         display_name=data.display_name,
@@ -105,9 +108,8 @@ def changes_of(services: Services, data: CreateAgent | UpdateAgent) -> AgentChan
     )
 
 
-def changes_of_file(services: Services, file: AgentFile) -> AgentChanges:
-    capabilities = capability_refs(file.capabilities)
-    services.capabilities.check_refs(capabilities)
+async def changes_of_file(services: Services, file: AgentFile, caller: Caller) -> AgentChanges:
+    capabilities = await checked_refs(services, capability_refs(file.capabilities), caller)
     if file.max_iterations is not None and not 1 <= file.max_iterations <= MAX_ITERATIONS_CEILING:
         raise InvalidInput(f"max_iterations must be 1 to {MAX_ITERATIONS_CEILING}", field="max_iterations")
     return AgentChanges(
@@ -181,9 +183,13 @@ async def list_agents(
 
 
 @post("/", operation_id="create_agent", summary="Create or replace an agent", responses=declared(409, 413))
-async def create_agent(services: NamedDependency[Services], data: JSONBody[CreateAgent]) -> AgentView:
+async def create_agent(
+    services: NamedDependency[Services], caller: NamedDependency[Caller], data: JSONBody[CreateAgent]
+) -> AgentView:
     """An agent that has the given id, or without an id the given name, is replaced; otherwise one is created."""
-    saved = await agents.save_agent(changes_of(services, data), data.id)
+    changes = await changes_of(services, data, caller)
+    changes = await with_sealed_servers(services, changes, "agents", owner_id=data.id, owner_name=data.name)
+    saved = await agents.save_agent(changes, data.id)
     return agent_view(services, saved.agent)
 
 
@@ -221,6 +227,7 @@ class _TakesFile(Operation):
 )
 async def import_agent(
     services: NamedDependency[Services],
+    caller: NamedDependency[Caller],
     request: Request[Any, Any, Any],
     example_name: Annotated[
         str | None, QueryParameter(name="from-example", description="Name of a built-in example; the body is ignored.")
@@ -238,7 +245,9 @@ async def import_agent(
         raise NotFound(f"There is no agent example `{example_name[:80]}`")
     # Three megabytes of YAML take seconds to read.
     file = await asyncio.to_thread(parse_agent_file, text)
-    return saved_response(services, await agents.save_agent(changes_of_file(services, file), file.id))
+    changes = await changes_of_file(services, file, caller)
+    changes = await with_sealed_servers(services, changes, "agents", owner_id=file.id, owner_name=file.name)
+    return saved_response(services, await agents.save_agent(changes, file.id))
 
 
 @get("/{agent_id:str}", operation_id="get_agent", summary="Get an agent", responses=declared())
@@ -254,21 +263,31 @@ async def get_agent(services: NamedDependency[Services], agent_id: FromPath[str]
     responses={201: ResponseSpec(AgentView, description="The agent was created"), **declared(409, 413)},
 )
 async def upsert_agent(
-    services: NamedDependency[Services], agent_id: FromPath[str], data: JSONBody[CreateAgent]
+    services: NamedDependency[Services],
+    caller: NamedDependency[Caller],
+    agent_id: FromPath[str],
+    data: JSONBody[CreateAgent],
 ) -> Response[AgentView]:
     """The id in the path counts; one in the body must be the same."""
     parse_id(Prefix.AGENT, agent_id)
     if data.id not in (None, agent_id):
         raise InvalidInput("id differs from the id in the path", field="id")
-    return saved_response(services, await agents.save_agent(changes_of(services, data), agent_id))
+    changes = await changes_of(services, data, caller)
+    changes = await with_sealed_servers(services, changes, "agents", owner_id=agent_id)
+    return saved_response(services, await agents.save_agent(changes, agent_id))
 
 
 @patch("/{agent_id:str}", operation_id="update_agent", summary="Update an agent", responses=declared(409, 413))
 async def update_agent(
-    services: NamedDependency[Services], agent_id: FromPath[str], data: JSONBody[UpdateAgent]
+    services: NamedDependency[Services],
+    caller: NamedDependency[Caller],
+    agent_id: FromPath[str],
+    data: JSONBody[UpdateAgent],
 ) -> AgentView:
     """Sessions see the change at their next turn."""
-    return agent_view(services, await agents.update_agent(agent_id, changes_of(services, data)))
+    changes = await changes_of(services, data, caller)
+    changes = await with_sealed_servers(services, changes, "agents", owner_id=agent_id)
+    return agent_view(services, await agents.update_agent(agent_id, changes))
 
 
 @delete("/{agent_id:str}", operation_id="delete_agent", summary="Archive an agent", responses=declared())

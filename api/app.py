@@ -12,24 +12,40 @@ from msgspec import Struct
 
 from api import (
     agents,
+    budgets,
     capabilities,
     context_report,
+    declarative_capabilities,
     durable,
+    elicitation_answers,
     events,
+    guardrails,
     harnesses,
+    mcp_servers,
+    memories,
+    memory_files,
     messages,
     models,
     organizations,
+    previews,
     providers,
     question_answers,
+    session_databases,
+    session_history,
+    session_schedules,
     session_storage,
+    session_tasks,
     sessions,
+    skills,
+    tool_approvals,
+    user_connections,
     workspace_files,
     workspaces,
 )
-from api.caller import CHANGE_REASON, check_caller
+from api.caller import CHANGE_REASON, caller_of, check_caller
 from api.documentation import openapi_config, static_files
 from api.edge import REQUEST_ID, Edge
+from api.mcp_endpoint import McpEndpoint
 from api.problems import declared, problem_response
 from api.services import Services
 from domain.limits import BODY_MAX_BYTES
@@ -37,19 +53,36 @@ from infra.settings import Settings
 
 ROUTERS = (
     agents.router,
+    budgets.router,
+    budgets.session_router,
     capabilities.router,
+    declarative_capabilities.router,
     context_report.router,
     durable.router,
+    elicitation_answers.router,
     events.router,
+    guardrails.router,
     harnesses.router,
     harnesses.list_harness_examples,
+    mcp_servers.router,
+    memories.router,
+    memory_files.router,
+    user_connections.router,
     messages.router,
     models.router,
     organizations.router,
+    previews.router,
     providers.router,
     question_answers.router,
+    tool_approvals.router,
+    session_schedules.router,
+    session_history.router,
     session_storage.router,
+    session_databases.router,
+    session_tasks.list_org_tasks,
+    session_tasks.router,
     sessions.router,
+    skills.router,
     workspace_files.session_router,
     workspace_files.workspace_router,
     workspaces.router,
@@ -73,9 +106,14 @@ def create_app(services: Services, *, extra_handlers: Sequence[ControllerRouterH
     routes = Router(
         f"{services.settings.api_prefix}/v1", route_handlers=[*ROUTERS, *extra_handlers], guards=[check_caller]
     )
+    mcp = McpEndpoint(services)
     app = Litestar(
-        route_handlers=[health, routes, static_files()],
-        dependencies={"services": Provide(lambda: services, sync_to_thread=False)},
+        route_handlers=[health, routes, mcp.route(), static_files()],
+        on_shutdown=[mcp.close],
+        dependencies={
+            "services": Provide(lambda: services, sync_to_thread=False),
+            "caller": Provide(caller_of, sync_to_thread=False),
+        },
         exception_handlers={Exception: problem_response},
         request_max_body_size=BODY_MAX_BYTES,
         openapi_config=openapi_config(services.version),

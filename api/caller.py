@@ -6,14 +6,18 @@ With `AUTH_MODE=none` every caller is the anonymous admin and whatever stands in
 from __future__ import annotations
 
 import re
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Any, Final, Literal
 from urllib.parse import unquote_to_bytes
 
 import structlog
+from litestar import Request
 from litestar.connection import ASGIConnection
 from litestar.handlers import BaseRouteHandler
+from msgspec import Struct
 
-from domain.errors import InvalidChangeReason, NotFound
+from domain.capabilities import Capability
+from domain.errors import Forbidden, InvalidChangeReason, NotFound
 from domain.ids import DEFAULT_ORG_PUBLIC_ID
 
 CHANGE_REASON: Final = "Everruns-Change-Reason"
@@ -27,6 +31,34 @@ _CREDENTIAL: Final = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 """Well-known shapes of secrets. A reason is kept with the change for everybody to read."""
+
+
+Role = Literal["owner", "admin", "member"]
+
+
+class Caller(Struct, frozen=True, kw_only=True):
+    """Who calls, as far as rules depend on it."""
+
+    role: Role
+
+    @property
+    def is_admin(self) -> bool:
+        return self.role in ("owner", "admin")
+
+
+def caller_of(request: Request[Any, Any, Any]) -> Caller:
+    """Everybody is the anonymous owner as long as there is no other authentication."""
+    del request
+    return Caller(role="owner")
+
+
+def require_admin_for(caller: Caller, capabilities: Iterable[Capability], field: str) -> None:
+    """Capabilities of high risk are given out by admins only. Raises `Forbidden`, naming the first of them."""
+    if caller.is_admin:
+        return
+    risky = next((one for one in capabilities if one.risk_level == "high"), None)
+    if risky is not None:
+        raise Forbidden(f"Only an admin may give out `{risky.id}`, a capability of high risk", field=field)
 
 
 def check_caller(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:

@@ -15,12 +15,15 @@ from litestar.params import FromPath
 from msgspec import Struct
 
 from activities.capabilities.assembly import offered_tools
+from activities.capabilities.declared import DeclaredCapabilities
 from activities.capabilities.registry import ResolvedCapabilities
+from activities.capabilities.turn_capabilities import TurnCapabilities
 from api.problems import declared
 from api.services import Services
 from db import sessions
 from db.model_choice import ModelChooser
 from db.session_context import SessionContext, read_session_context
+from db.session_resources import DatabaseResources
 from domain.checkpoints import is_checkpoint_message
 from domain.events import TokenUsage
 from domain.ids import Prefix, format_id
@@ -87,7 +90,9 @@ async def get_session_context_report(
     session = (await sessions.get_session(services.database, session_id)).session
     models = ModelChooser(_endpoint, system_model=services.settings.default_model)
     context = await read_session_context(services.database, session_id, models, services.keyring)
-    resolved = services.capabilities.resolve(context.config.capabilities)
+    resources = DatabaseResources(services.database.pool, services.keyring)
+    capabilities = TurnCapabilities(services.capabilities, resources, [DeclaredCapabilities()])
+    resolved = await capabilities.resolve_for_prompt(session_id, context.config)
     contributions = list(_contributions(context, resolved))
     sections = list(_sections(contributions))
     return SessionContextReport(

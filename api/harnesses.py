@@ -9,10 +9,13 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from msgspec import UNSET, Struct, UnsetType
 
+from api.caller import Caller
+from api.capability_refs import checked_refs
 from api.examples import HARNESS_EXAMPLES, HarnessExample
 from api.links import ConfigView, actions, resource_config, self_url, view
 from api.problems import AllowedAction, declared
 from api.requests import LayerRequest, present
+from api.scoped_servers import with_sealed_servers
 from api.services import Services
 from db import harnesses, session_stats
 from domain.errors import NotFound
@@ -61,11 +64,11 @@ class NameAvailability(Struct, frozen=True, kw_only=True):
     available: bool
 
 
-def changes_of(services: Services, data: CreateHarness | UpdateHarness) -> HarnessChanges:
+async def changes_of(services: Services, data: CreateHarness | UpdateHarness, caller: Caller) -> HarnessChanges:
     """The body as changes; a blank prompt is no prompt."""
     capabilities = data.refs()
     if capabilities is not UNSET:
-        services.capabilities.check_refs(capabilities)
+        capabilities = await checked_refs(services, capabilities, caller)
     prompt = data.system_prompt
     return HarnessChanges(
         name=present(data.name),
@@ -117,9 +120,12 @@ async def list_harnesses(
 
 
 @post("/", operation_id="create_harness", summary="Create a harness", responses=declared(409, 413))
-async def create_harness(services: NamedDependency[Services], data: JSONBody[CreateHarness]) -> HarnessView:
+async def create_harness(
+    services: NamedDependency[Services], caller: NamedDependency[Caller], data: JSONBody[CreateHarness]
+) -> HarnessView:
     """The server assigns the id."""
-    return harness_view(services, await harnesses.create_harness(changes_of(services, data)))
+    changes = await with_sealed_servers(services, await changes_of(services, data, caller))
+    return harness_view(services, await harnesses.create_harness(changes))
 
 
 @get("/check-name", operation_id="check_harness_name", summary="Check a harness name", responses=declared())
@@ -170,10 +176,15 @@ async def get_harness(services: NamedDependency[Services], harness_id: FromPath[
     "/{harness_id:str}", operation_id="update_harness", summary="Update a harness", responses=declared(403, 409, 413)
 )
 async def update_harness(
-    services: NamedDependency[Services], harness_id: FromPath[str], data: JSONBody[UpdateHarness]
+    services: NamedDependency[Services],
+    caller: NamedDependency[Caller],
+    harness_id: FromPath[str],
+    data: JSONBody[UpdateHarness],
 ) -> HarnessView:
     """Sessions see the change at their next turn."""
-    return harness_view(services, await harnesses.update_harness(harness_id, changes_of(services, data)))
+    changes = await changes_of(services, data, caller)
+    changes = await with_sealed_servers(services, changes, "harnesses", owner_id=harness_id)
+    return harness_view(services, await harnesses.update_harness(harness_id, changes))
 
 
 @delete("/{harness_id:str}", operation_id="delete_harness", summary="Archive a harness", responses=declared(403))

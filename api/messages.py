@@ -62,7 +62,7 @@ class CancelRequest(Struct, frozen=True, kw_only=True):
 
 
 class CancelResult(Struct, frozen=True, kw_only=True):
-    """`cancelled` when a turn ran or waited, `no_op` otherwise. The turn ends a moment later; its events tell."""
+    """`cancelled` when a turn ran or waited, or tasks did, `no_op` otherwise. They end a moment later; their events tell."""
 
     status: Literal["cancelled", "no_op"]
     message: str
@@ -107,12 +107,14 @@ async def create_message(
 
 @get("/messages", operation_id="list_messages", summary="List messages", responses=declared())
 async def list_messages(session_id: FromPath[str], services: NamedDependency[Services]) -> MessageList:
-    """Every message of the session in the order of the log: user, agent and tool results."""
+    """Every message of the session in the order of the log: user, agent and tool results. Those before a rewind are left out."""
     await services.messages.require(DEFAULT_ORG_ID, session_id)
     messages: list[Message] = []
     cursor = 0
     while True:
-        page = await services.log.read(session_id, after_sequence=cursor, limit=PAGE_EVENTS, types=MESSAGE_TYPES)
+        page = await services.log.read_visible(
+            session_id, after_sequence=cursor, limit=PAGE_EVENTS, types=MESSAGE_TYPES
+        )
         messages.extend(messages_of(page))
         if len(page) < PAGE_EVENTS:
             return MessageList(data=messages)
@@ -153,12 +155,19 @@ async def cancel_session(
     services: NamedDependency[Services],
     data: JSONBody[CancelRequest | None] = None,
 ) -> CancelResult:
-    """Stop the running turn: its model call and tools are stopped, the session is idle and usable afterwards."""
+    """Stop the running turn: its model call and tools are stopped, the session is idle and usable afterwards.
+
+    All its sub-agents are stopped with it, those in the background too, whether or not a turn runs here.
+    """
     cursor = await services.messages.cancel_cursor(DEFAULT_ORG_ID, session_id)
-    if cursor is None:
-        return CancelResult(status="no_op", message="No turn is running")
-    await services.turns.cancel(session_id, data.reason if data else None, read_up_to=cursor)
-    return CancelResult(status="cancelled", message="The turn is being cancelled")
+    if cursor is not None:
+        await services.turns.cancel(session_id, data.reason if data else None, read_up_to=cursor)
+    tasks = await services.tasks.stop_below(session_id, reason="the session was cancelled")
+    if cursor is not None:
+        return CancelResult(status="cancelled", message="The turn is being cancelled")
+    if tasks:
+        return CancelResult(status="cancelled", message="The session's tasks are being cancelled")
+    return CancelResult(status="no_op", message="No turn is running")
 
 
 router = Router(

@@ -10,6 +10,9 @@ from api.streams import StreamHub
 from db.database import Database
 from db.event_log import EventLog
 from db.messages import MessageStore
+from db.scheduling import Scheduling
+from db.session_tasks import TaskStore
+from domain.mcp import McpAuthorizer, ToolDiscovery
 from domain.ports import MessageMetadataCheck, ModelDiscovery, ModelOptionsCheck, TurnGateway
 from infra.encryption import Keyring
 from infra.settings import Settings
@@ -23,10 +26,14 @@ class Services:
     capabilities: CapabilityRegistry
     turns: TurnGateway
     messages: MessageStore
+    scheduling: Scheduling
+    tasks: TaskStore
     streams: StreamHub
     background: BackgroundTasks
     keyring: Keyring
     discover_models: ModelDiscovery
+    discover_mcp_tools: ToolDiscovery
+    mcp_authorizer: McpAuthorizer
     check_model_options: ModelOptionsCheck
     check_message_metadata: MessageMetadataCheck
     version: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Final
+from uuid import UUID
 
 import msgspec
 from litestar import Request, Router, delete, get, patch, post, put
@@ -12,7 +13,10 @@ from litestar.params import FromPath, FromQuery, JSONBody, QueryParameter
 from litestar.response import Stream
 from msgspec import UNSET, UnsetType
 
+from activities.capabilities.declared import capability_of, reached
 from activities.capabilities.registry import CapabilityRegistry
+from api.caller import Caller
+from api.capability_refs import checked_refs
 from api.links import (
     DEFAULT_LIMIT,
     ConfigView,
@@ -28,9 +32,11 @@ from api.links import (
 )
 from api.problems import AllowedAction, declared
 from api.requests import LayerRequest, MaxIterations, ToolInput, client_tools, present
+from api.scoped_servers import with_sealed_servers
 from api.services import Services
 from db import session_stats, sessions
 from db.event_log import EventLog
+from db.session_cleanup import Cleanup
 from domain.conversation import messages_of
 from domain.errors import InvalidInput
 from domain.events import CONVERSATION_TYPES
@@ -101,7 +107,8 @@ def session_view(services: Services, found: sessions.SessionInContext) -> Sessio
 
 
 def _features(registry: CapabilityRegistry, found: sessions.SessionInContext) -> list[str]:
-    resolved = registry.resolve(found.layered_capabilities).capabilities
+    others = [capability_of(one) for one in reached(found.layered_capabilities, found.declared) if one.problem is None]
+    resolved = registry.resolve(found.layered_capabilities, others).capabilities
     return list(dict.fromkeys(feature for one in resolved for feature in one.capability.features))
 
 
@@ -126,11 +133,13 @@ async def list_sessions(
 
 
 @post("/", operation_id="create_session", summary="Create a session", responses=declared(409, 413))
-async def create_session(services: NamedDependency[Services], data: JSONBody[CreateSession]) -> SessionView:
+async def create_session(
+    services: NamedDependency[Services], caller: NamedDependency[Caller], data: JSONBody[CreateSession]
+) -> SessionView:
     """Starts nothing yet: the first message does."""
     capabilities = data.refs()
     if capabilities is not UNSET:
-        services.capabilities.check_refs(capabilities)
+        capabilities = await checked_refs(services, capabilities, caller)
     new = NewSession(
         harness_id=data.harness_id,
         harness_name=data.harness_name,
@@ -152,6 +161,7 @@ async def create_session(services: NamedDependency[Services], data: JSONBody[Cre
         network_access=data.network_access,
         parallel_tool_calls=data.parallel_tool_calls,
     )
+    new = await with_sealed_servers(services, new)
     return session_view(services, await sessions.create_session(services.database, services.log, new))
 
 
@@ -187,8 +197,13 @@ async def update_session(
 
 @delete("/{session_id:str}", operation_id="delete_session", summary="Delete a session", responses=declared(503))
 async def delete_session(services: NamedDependency[Services], session_id: FromPath[str]) -> None:
-    """Stops the running turn. The session cannot be found any more."""
-    await sessions.delete_session(services.database, session_id, services.turns.cancel)
+    """Stops the running turn. The session cannot be found any more, and what it stored is deleted; its log stays."""
+    left = await sessions.delete_session(services.database, session_id, services.turns.cancel)
+    services.background.start(_clear(services, left), "clear away files")
+
+
+async def _clear(services: Services, workspaces: list[UUID]) -> None:
+    await Cleanup(services.database).clear(workspaces)
 
 
 @put(
@@ -231,7 +246,7 @@ async def export_session(
 async def _message_lines(log: EventLog, session_id: str) -> AsyncIterator[bytes]:
     encode = msgspec.json.Encoder().encode
     after = 0
-    while events := await log.read(
+    while events := await log.read_visible(
         session_id, after_sequence=after, limit=EXPORT_PAGE_EVENTS, types=CONVERSATION_TYPES
     ):
         after = events[-1].sequence

@@ -211,6 +211,19 @@ class _Feed:
                 task.cancel()
 
 
+class _Growth:
+    """A reader of the bus that only tells that there is something to read."""
+
+    def __init__(self) -> None:
+        self.grown = asyncio.Event()
+
+    def committed(self, events: Sequence[StoredEvent]) -> None:
+        self.grown.set()
+
+    def advanced(self, sequence: int | None) -> None:
+        self.grown.set()
+
+
 class StreamHub:
     """All open streams of this process: their feeds, their limits, and the way they end together."""
 
@@ -252,6 +265,16 @@ class StreamHub:
             self._bus.attach(session_id, feed)
         feed.readers += 1
         return EventStream(self._frames(feed, cursor, selection), lambda: self._release(org_id, session_id, feed))
+
+    @contextlib.asynccontextmanager
+    async def watch(self, session_id: str) -> AsyncIterator[asyncio.Event]:
+        """An event that is set whenever the session's log may have grown, for somebody who reads the log then."""
+        sink = _Growth()
+        self._bus.attach(session_id, sink)
+        try:
+            yield sink.grown
+        finally:
+            self._bus.detach(session_id, sink)
 
     def _release(self, org_id: int, session_id: str, feed: _Feed) -> None:
         self._open -= 1

@@ -6,20 +6,14 @@ an archived workspace is not; a session, though, goes on with the workspace it h
 
 from __future__ import annotations
 
-import base64
-import binascii
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Final
-from urllib.parse import quote
 
 from litestar import Response, Router, delete, get, post, put
-from litestar.datastructures import ResponseHeader
 from litestar.di import NamedDependency, Provide
 from litestar.handlers import HTTPRouteHandler
-from litestar.openapi import ResponseSpec
 from litestar.params import FromPath, FromQuery, JSONBody
 from litestar.types import Method
 from litestar.types.internal_types import PathParameterDefinition
@@ -38,51 +32,30 @@ from api.file_bodies import (
     TwoPaths,
     UpdateFile,
 )
+from api.file_operations import (
+    DOWNLOAD_HEADERS,
+    DOWNLOAD_RESPONSES,
+    OCTET_STREAM,
+    download,
+    file_content,
+    found_entry,
+    found_matches,
+    problems,
+    problems_of_write,
+    shown_content,
+)
 from api.problems import declared
 from api.services import Services
 from db.sessions import require_session
 from db.workspace_files import DatabaseFiles
 from db.workspaces import get_workspace
-from domain.errors import (
-    AlreadyExists,
-    Conflict,
-    ContentChanged,
-    EverrunsError,
-    InputTooLarge,
-    InvalidInput,
-    NotFound,
-    ReadOnlyResource,
-)
 from domain.ids import Prefix, parse_id
 from domain.limits import FILE_BODY_MAX_BYTES
 from domain.workspace import (
-    BadPath,
-    BadPattern,
-    DirectoryNotEmpty,
     Encoding,
-    FileConflict,
     FileEntry,
-    FileExists,
-    FileMissing,
-    FileProblem,
-    FileReadOnly,
-    FileTooLarge,
-    NotThatKind,
     file_path,
 )
-from infra.text_patterns import compile_glob
-
-ERRORS: Final[dict[type[FileProblem], type[EverrunsError]]] = {
-    BadPath: InvalidInput,
-    BadPattern: InvalidInput,
-    DirectoryNotEmpty: Conflict,
-    FileConflict: ContentChanged,
-    FileExists: AlreadyExists,
-    FileMissing: NotFound,
-    FileReadOnly: ReadOnlyResource,
-    FileTooLarge: InputTooLarge,
-    NotThatKind: Conflict,
-}
 
 
 @dataclass(frozen=True)
@@ -96,9 +69,7 @@ class Tree:
         return FileInfo(id=entry.id, session_id=self.owner, **_stat_fields(entry))
 
     def view(self, entry: FileEntry, content: bytes | None = None, encoding: Encoding | None = None) -> FileView:
-        text = None
-        if content is not None:
-            text = base64.b64encode(content).decode() if encoding == "base64" else content.decode()
+        text = None if content is None else shown_content(content, encoding or "text")
         return FileView(id=entry.id, session_id=self.owner, content=text, encoding=encoding, **_stat_fields(entry))
 
 
@@ -129,26 +100,6 @@ def _workspace(services: Services, workspace_id: str) -> Tree:
 
 def _stat_fields(entry: FileEntry) -> dict[str, Any]:
     return {name: getattr(entry, name) for name in FileStat.__struct_fields__}
-
-
-@contextlib.contextmanager
-def problems(field: str) -> Iterator[None]:
-    """What a file operation has against the request, as an error that names the field."""
-    try:
-        yield
-    except FileProblem as problem:
-        raise ERRORS.get(type(problem), InvalidInput)(str(problem), field=field) from None
-
-
-@contextlib.contextmanager
-def problems_of_write() -> Iterator[None]:
-    with problems("path"):
-        try:
-            yield
-        except FileTooLarge as problem:
-            raise InputTooLarge(str(problem), field="content") from None
-        except FileConflict as problem:
-            raise ContentChanged(str(problem), field="expected_hash") from None
 
 
 def operation(name: str) -> Callable[[HTTPRouteHandler, Method, list[str | PathParameterDefinition]], str]:
@@ -199,7 +150,7 @@ async def create_path(
     if data.is_directory:
         with problems("path"):
             return editable_tree.view(await files.make_directory(path, is_readonly=bool(data.is_readonly)))
-    content = _content(data.content, data.encoding)
+    content = file_content(data.content, data.encoding)
     with problems_of_write():
         entry, _ = await files.write(
             path, content, create_only=True, is_readonly=data.is_readonly, encoding=data.encoding or "text"
@@ -222,7 +173,7 @@ async def update_path(
     if data.content is None and data.is_readonly is not None:
         with problems("path"):
             return editable_tree.view(await files.set_readonly(path, is_readonly=data.is_readonly))
-    content = _content(data.content, data.encoding)
+    content = file_content(data.content, data.encoding)
     with problems_of_write():
         entry, _ = await files.write(
             path,
@@ -286,12 +237,7 @@ async def copy_file(editable_tree: NamedDependency[Tree], data: JSONBody[TwoPath
 )
 async def grep_files(tree: NamedDependency[Tree], data: JSONBody[GrepRequest]) -> GrepResults:
     """Lines that match, by file, in the order of their paths; at most 1,000. Files that are not text are passed over."""
-    if data.path_pattern:
-        with problems("path_pattern"):
-            compile_glob(data.path_pattern)
-    with problems("pattern"):
-        matches = await tree.files.grep(data.pattern, path_pattern=data.path_pattern)
-    by_file = groupby(matches, lambda match: match.path)
+    by_file = groupby(await found_matches(tree.files, data), lambda match: match.path)
     return GrepResults(data=[GrepResult(path=path, matches=list(found)) for path, found in by_file])
 
 
@@ -304,43 +250,20 @@ async def grep_files(tree: NamedDependency[Tree], data: JSONBody[GrepRequest]) -
 )
 async def stat_file(tree: NamedDependency[Tree], data: JSONBody[StatRequest]) -> FileStat:
     """Of a file or a directory, the root among them."""
-    with problems("path"):
-        entry = await tree.files.stat(data.path)
-        if entry is None:
-            raise FileMissing(f"There is no file or directory at {data.path[:120]!r}")
-        return FileStat(**_stat_fields(entry))
+    return FileStat(**_stat_fields(await found_entry(tree.files, data.path)))
 
 
 @get(
     "/_/download/{path:path}",
     operation_id=operation("download_path"),
     summary="Download a file",
-    media_type="application/octet-stream",
-    responses={
-        200: ResponseSpec(
-            bytes, description="The file's bytes", media_type="application/octet-stream", generate_examples=False
-        ),
-        **declared(409),
-    },
-    response_headers=[ResponseHeader(name="X-Content-Type-Options", value="nosniff")],
+    media_type=OCTET_STREAM,
+    responses=DOWNLOAD_RESPONSES,
+    response_headers=DOWNLOAD_HEADERS,
 )
 async def download_path(tree: NamedDependency[Tree], path: FromPath[str]) -> Response[bytes]:
     """As an attachment of no particular type, whatever it is: agents write files, and a browser is not to run them."""
-    with problems("path"):
-        entry, content = await tree.files.read(path)
-    disposition = f"attachment; filename*=UTF-8''{quote(entry.name, safe='')}"
-    return Response(content, media_type="application/octet-stream", headers={"Content-Disposition": disposition})
-
-
-def _content(content: str | None, encoding: Encoding | None) -> bytes:
-    if content is None:
-        raise InvalidInput("content is required", field="content")
-    if encoding != "base64":
-        return content.encode()
-    try:
-        return base64.b64decode(content, validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidInput("content is not valid base64", field="content") from None
+    return await download(tree.files, path)
 
 
 def _check_paths(data: TwoPaths) -> None:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cli.run import StartFailure, check_database
 from db import sessions
+from db.budgets import is_paused
 from db.database import Database
 from db.event_log import EventLog
 from domain.errors import EverrunsError, NotFound
@@ -110,5 +111,7 @@ async def _read(database: Database, log: EventLog, session_id: str) -> tuple[lis
         if len(page) < PAGE_EVENTS:
             break
     status = (await sessions.get_session(database, session_id)).session.status
+    # Shown as idle, but messages may be unread and a turn open.
+    paused = await is_paused(database, session_id)
     unchanged = await log.last_sequence(session_id) == (events[-1].sequence if events else 0)
-    return events, unchanged and status in AT_REST
+    return events, unchanged and status in AT_REST and not paused

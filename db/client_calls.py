@@ -43,7 +43,7 @@ async def take_results(work: SessionTransaction, state: StateRow, results: Seque
     """Raises `InvalidInput`, `NotWaitingForToolResults`."""
     rows = [await tool_ledger.read_call(work, result.tool_call_id) for result in results]
     known = [row for row in rows if row is not None and row.kind == "client"]
-    if state.status != WAITING:
+    if state.status != WAITING and not await _is_between_waits(work, state, known):
         if known and len(known) == len(results) and all(row.status == "settled" for row in known):
             return SettledCalls(call_ids=[row.call.id for row in known], ends_wait=True)
         raise NotWaitingForToolResults(f"Session is not waiting for tool results (current status: {state.status})")
@@ -62,8 +62,20 @@ async def take_results(work: SessionTransaction, state: StateRow, results: Seque
     for row, result in zip(rows, results, strict=True):
         if row is not None and row.kind == "client" and row.status != "settled":
             await tool_ledger.settle_call(work, turn, row, _settlement(result))
+    if state.status != WAITING:
+        return SettledCalls(call_ids=call_ids, ends_wait=False)
     left = await tool_ledger.read_open_calls(work)
-    return await _settled(work, call_ids, goes_on=any(row.asked is not None for row in left))
+    return await _settled(work, call_ids, goes_on=any(row.asked is not None or row.status == "waiting" for row in left))
+
+
+async def _is_between_waits(work: SessionTransaction, state: StateRow, known: Sequence[CallRow]) -> bool:
+    """Whether the turn runs calls that a person has just allowed, and will wait for these calls again when they have ended."""
+    if state.status != "active" or not any(row.status != "settled" and row.asked_number > 0 for row in known):
+        return False
+    left = await tool_ledger.read_open_calls(work)
+    return not any(row.status == "waiting" for row in left) and any(
+        row.answered or row.status == "running" for row in left
+    )
 
 
 async def take_answers(
@@ -80,7 +92,18 @@ async def take_answers(
     settlement = ToolSettlement(status="success", result=_result(asked, answers))
     await tool_ledger.settle_call(work, turn, row, settlement)
     left = await tool_ledger.read_open_calls(work)
-    return await _settled(work, [row.call.id], goes_on=bool(left))
+    return await _settled(work, [row.call.id], goes_on=any(row.awaited for row in left))
+
+
+async def end_wait(work: SessionTransaction, call: CallRow) -> SettledCalls:
+    """After `tool_ledger.answer_call` or `settle_call` for a call that waited: whether the turn is to be woken.
+
+    It is when nothing is left that a person has to decide; `call` is the row as it was while it waited.
+    """
+    left = await tool_ledger.read_open_calls(work)
+    return await _settled(
+        work, [call.wake_id], goes_on=any(row.asked is not None or row.status == "waiting" for row in left)
+    )
 
 
 async def _question_call(

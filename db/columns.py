@@ -15,12 +15,14 @@ from piccolo.columns.combination import And, Or, Where, WhereRaw
 from domain.clock import timestamp
 from domain.ids import Prefix, format_id, parse_id
 from domain.limits import MAX_SEARCH_TOKENS
+from domain.mcp import masked_servers
 
 T = TypeVar("T", bound=Struct)
 Condition = And | Or | Where | WhereRaw
 
 ID_COLUMNS: Final = {
     "default_model_id": Prefix.MODEL,
+    "forked_from_session_id": Prefix.SESSION,
     "harness_id": Prefix.HARNESS,
     "parent_harness_id": Prefix.HARNESS,
     "owner_principal_id": Prefix.PRINCIPAL,
@@ -63,6 +65,8 @@ def _value(column: str, stored: object) -> object:
             return format_id(ID_COLUMNS[column], stored)
         case datetime():
             return timestamp(stored)
+        case str() if column == "mcp_servers":
+            return masked_servers(msgspec.json.decode(stored))
         case str() if column in JSON_COLUMNS:
             return msgspec.json.decode(stored)
         case _:

@@ -30,10 +30,14 @@ COLUMNS: Final = "id, type, ts, sequence, context, data, metadata, tags"
 READ: Final = f"SELECT {COLUMNS} FROM events WHERE session_id = $1 AND sequence > $2 ORDER BY sequence LIMIT $3"  # noqa: S608
 READ_TYPES: Final = f"""SELECT {COLUMNS} FROM events WHERE session_id = $1 AND sequence > $2 AND type = ANY($4)
     ORDER BY sequence LIMIT $3"""  # noqa: S608
+READ_VISIBLE: Final = f"""SELECT {COLUMNS} FROM events WHERE session_id = $1 AND sequence > $2 AND type = ANY($4)
+    AND NOT sequence <@ (SELECT hidden_events FROM session_state WHERE session_id = $1)
+    ORDER BY sequence LIMIT $3"""  # noqa: S608
 READ_LATEST_CONVERSATION: Final = f"""SELECT {COLUMNS} FROM events WHERE session_id = $1
     AND type IN ('input.message', 'output.message.completed', 'tool.completed',
-                 'turn.started', 'reason.started', 'turn.cancelled')
-    AND sequence >= $3 ORDER BY sequence DESC LIMIT $2"""  # noqa: S608
+                 'turn.started', 'reason.started', 'turn.cancelled', 'session.forked', 'session.rewound')
+    AND sequence >= $3 AND NOT sequence <@ (SELECT hidden_events FROM session_state WHERE session_id = $1)
+    ORDER BY sequence DESC LIMIT $2"""  # noqa: S608
 READ_AT: Final = f"""SELECT {COLUMNS} FROM events WHERE session_id = $1 AND sequence = ANY($2::bigint[])
     ORDER BY sequence"""  # noqa: S608
 SEQUENCE_OF: Final = "SELECT sequence FROM events WHERE session_id = $1 AND id = $2"
@@ -45,6 +49,10 @@ DELTAS_OF: Final = """SELECT data FROM events WHERE session_id = $1 AND sequence
         SELECT sequence FROM events WHERE session_id = $1 AND sequence < $2 AND type = $3
         AND data->>'message_id' = $4 AND data->>'offset' = '0' ORDER BY sequence DESC LIMIT 1), 0)
     ORDER BY sequence"""
+
+REPLACEMENT_OF: Final = """SELECT CASE WHEN type = 'output.message.replaced' THEN data->>'replacement' END FROM events
+    WHERE session_id = $1 AND type IN ('output.message.replaced', 'output.message.delta') AND data->>'message_id' = $2
+    ORDER BY sequence DESC LIMIT 1"""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -268,6 +276,14 @@ class EventLog:
             rows = await self.pool.fetch(READ_TYPES, key, after_sequence, limit, list(types))
         return [stored_event(session_id, row) for row in rows]
 
+    async def read_visible(
+        self, session_id: str, *, after_sequence: int, limit: int, types: Sequence[str]
+    ) -> list[StoredEvent]:
+        """Like `read`, without what rewinds have taken out of the conversation."""
+        key = parse_id(Prefix.SESSION, session_id)
+        rows = await self.pool.fetch(READ_VISIBLE, key, after_sequence, limit, list(types))
+        return [stored_event(session_id, row) for row in rows]
+
     async def find(
         self, session_id: str, wanted: EventFilter, *, limit: int = MAX_EVENTS_PER_READ, newest: bool = False
     ) -> list[StoredEvent]:
@@ -365,7 +381,10 @@ def stored_event(session_id: str, row: asyncpg.Record) -> StoredEvent:
 async def read_latest_conversation(
     connection: asyncpg.Connection, session_id: str, limit: int, *, since: int = 0
 ) -> tuple[list[StoredEvent], bool]:
-    """The newest events a prompt is built from, oldest first, from number `since` on; and whether some were left out."""
+    """The newest events a prompt is built from, oldest first, from number `since` on; and whether some were left out for length.
+
+    What rewinds have hidden is never among them.
+    """
     rows = await connection.fetch(READ_LATEST_CONVERSATION, parse_id(Prefix.SESSION, session_id), limit + 1, since)
     return [stored_event(session_id, row) for row in reversed(rows[:limit])], len(rows) > limit
 
@@ -383,3 +402,8 @@ async def read_partial_text(
     key = parse_id(Prefix.SESSION, session_id)
     rows = await connection.fetch(DELTAS_OF, key, MAX_SEQUENCE, delta_type, message_id)
     return joined_deltas(row["data"].encode() for row in rows)
+
+
+async def read_replacement(connection: asyncpg.Connection, session_id: str, message_id: str) -> str | None:
+    """What a guardrail has put in place of a message's text, unless the message was begun anew since."""
+    return await connection.fetchval(REPLACEMENT_OF, parse_id(Prefix.SESSION, session_id), message_id)

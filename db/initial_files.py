@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from uuid import UUID
 
 import asyncpg
@@ -16,6 +16,8 @@ from domain.ids import DEFAULT_ORG_ID
 from domain.workspace import FileProblem, FileTooLarge, NewFile, file_path
 
 FIELD = "initial_files"
+
+_COUNT = "SELECT count(*) FROM workspace_entries WHERE workspace_id = $1 AND path = ANY($2::text[])"
 
 
 async def put_initial_files(connection: asyncpg.Connection, session: UUID, workspace: UUID) -> None:
@@ -37,6 +39,22 @@ async def put_initial_files(connection: asyncpg.Connection, session: UUID, works
         raise InputTooLarge(f"{FIELD}: {problem}", field=FIELD) from None
     except FileProblem as problem:
         raise InvalidInput(f"{FIELD}: {problem}", field=FIELD) from None
+
+
+async def put_missing_files(
+    connection: asyncpg.Connection, session: UUID, org_id: int, files: Sequence[InitialFile]
+) -> None:
+    """Into the session's workspace, in a savepoint of the caller's transaction. Raises `FileProblem`.
+
+    The workspace's lock is taken only when something is missing, which is so in a session's first turn.
+    """
+    by_path = _by_path(files)
+    workspace: UUID | None = await connection.fetchval("SELECT workspace_id FROM sessions WHERE id = $1", session)
+    if workspace is None or await connection.fetchval(_COUNT, workspace, list(by_path)) == len(by_path):
+        return
+    async with connection.transaction(), WorkspaceChanges.opened(connection, workspace, org_id) as changes:
+        there = await changes.existing(list(by_path))
+        await changes.put({path: file for path, file in by_path.items() if path not in there})
 
 
 def _by_path(files: Iterable[InitialFile]) -> dict[str, NewFile]:

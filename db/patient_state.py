@@ -22,6 +22,7 @@ from domain.checkpoints import Checkpoint
 from domain.events import EventPayload, NewEvent, TokenUsage
 from domain.turns import (
     ActResult,
+    CallWait,
     FailureVerdict,
     FinishInput,
     FinishResult,
@@ -81,6 +82,13 @@ class PatientTurnState:
 
     async def settle_call(self, ref: StepRef, call_id: str, settlement: ToolSettlement) -> ActResult:
         return await _patiently(lambda: self._state.settle_call(ref, call_id, settlement))
+
+    async def release_call(self, ref: StepRef, call_id: str) -> None:
+        # As for `release_step`.
+        await self._state.release_call(ref, call_id)
+
+    async def suspend_call(self, ref: StepRef, call_id: str, wait: CallWait) -> ActResult:
+        return await _patiently(lambda: self._state.suspend_call(ref, call_id, wait))
 
     async def finish(self, input: FinishInput) -> FinishResult:
         return await _patiently(lambda: self._state.finish(input))

@@ -41,7 +41,14 @@ class SecretColumn(Struct, frozen=True, kw_only=True):
 SECRET_COLUMNS: Final = (
     SecretColumn(table="providers", id_column="id", column="credentials", key_columns=("id",)),
     SecretColumn(table="context_checkpoints", id_column="id", column="native", key_columns=("session_id", "id")),
+    SecretColumn(table="user_connections", id_column="id", column="api_key", key_columns=("id",)),
     SecretColumn(table="session_secrets", id_column="id", column="value", key_columns=("id",)),
+    SecretColumn(table="mcp_servers", id_column="id", column="api_key", key_columns=("id",)),
+    SecretColumn(table="mcp_servers", id_column="id", column="headers", key_columns=("id",)),
+    SecretColumn(table="mcp_servers", id_column="id", column="oauth_client", key_columns=("id",)),
+    SecretColumn(table="mcp_servers", id_column="id", column="oauth_grant", key_columns=("id",)),
+    SecretColumn(table="mcp_scoped_secrets", id_column="id", column="value", key_columns=("id",)),
+    SecretColumn(table="mcp_oauth_flows", id_column="id", column="value", key_columns=("id",)),
 )
 
 

@@ -6,6 +6,7 @@ from typing import Final
 
 from msgspec import Struct
 
+from db.child_sessions import without_spawning
 from db.context_checkpoints import PromptSource, read_prompt_source
 from db.database import Database
 from db.event_log import SessionTransaction
@@ -13,6 +14,7 @@ from db.model_choice import ModelChooser
 from db.sessions import session_not_found
 from db.turn_config import read_session_layers
 from db.turn_rows import read_turn
+from db.virtual_capabilities import pinned
 from domain.config import TurnConfig, fold
 from domain.ids import Prefix, parse_id
 from domain.turns import ResolvedModel
@@ -45,7 +47,10 @@ async def read_session_context(
         if state is None or layers is None:
             raise session_not_found(session_id)
         turn = None if state["turn_id"] is None else await read_turn(work, state["turn_id"])
-        config = fold(layers.layers) if turn is None else turn.config
+        config = turn.config if turn else None
+        if config is None:
+            found = await pinned(work.connection, state["org_id"], fold(layers.layers))
+            config = await without_spawning(work.connection, key, found.config)
         model = await models.configured(
             work.connection, state["org_id"], config, 0 if turn is None else turn.model_index
         )

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import asyncpg
 import msgspec
 
+from db.budget_rows import applying
 from db.event_log import append_in
+from db.memories import find_memory, memory_files
+from db.scheduling import OneSessionsSchedules, Scheduling
+from db.session_databases import StoredDatabases
+from db.session_past import StoredPast
 from db.session_stats import usage_columns
 from db.session_storage import DatabaseStorage
+from db.session_tasks import SessionTaskPort, TaskStore
 from db.workspace_files import DatabaseFiles
+from domain.budgets import Budget
 from domain.clock import timestamp
 from domain.events import NewEvent, SessionTitleUpdated, TokenUsage
 from domain.ids import Prefix, parse_id
+from domain.memory_access import OpenMemory
 from domain.session_info import SessionInfo
 from domain.turns import SessionGone
 from infra.encryption import Keyring
@@ -34,15 +43,48 @@ _LOCK_TITLE: Final = "SELECT title FROM sessions WHERE id = $1 AND deleted_at IS
 class DatabaseResources:
     """Serves the port `domain.turns.SessionResources`."""
 
-    def __init__(self, pool: asyncpg.Pool, keyring: Keyring) -> None:
+    def __init__(
+        self,
+        pool: asyncpg.Pool,
+        keyring: Keyring,
+        scheduling: Scheduling | None = None,
+        tasks: TaskStore | None = None,
+    ) -> None:
         self._pool = pool
         self._keyring = keyring
+        self._scheduling = scheduling
+        self._tasks = tasks
 
     def files(self, session_id: str) -> DatabaseFiles:
         return DatabaseFiles.of_session(self._pool, session_id)
 
     def storage(self, session_id: str) -> DatabaseStorage:
         return DatabaseStorage(self._pool, self._keyring, session_id)
+
+    def past(self, session_id: str) -> StoredPast:
+        return StoredPast(self._pool, session_id)
+
+    def databases(self, session_id: str) -> StoredDatabases:
+        return StoredDatabases(self._pool, session_id)
+
+    def schedules(self, session_id: str) -> OneSessionsSchedules:
+        assert self._scheduling is not None, "whoever runs tools that schedule gives them a clock"
+        return OneSessionsSchedules(self._scheduling, session_id)
+
+    def tasks(self, session_id: str) -> SessionTaskPort:
+        assert self._tasks is not None, "whoever runs tools that begin turns gives them a way to"
+        return SessionTaskPort(self._tasks, session_id)
+
+    async def memory(self, session_id: str, id_or_name: str) -> OpenMemory | None:
+        query = "SELECT org_id FROM sessions WHERE id = $1 AND deleted_at IS NULL"
+        org_id = await self._pool.fetchval(query, parse_id(Prefix.SESSION, session_id))
+        memory = None if org_id is None else await find_memory(self._pool, org_id, id_or_name)
+        return memory and OpenMemory(
+            name=memory.name,
+            description=memory.description,
+            is_readonly=memory.is_readonly,
+            files=memory_files(self._pool, memory.id),
+        )
 
     async def session_info(self, session_id: str) -> SessionInfo:
         row = await self._pool.fetchrow(_INFO, parse_id(Prefix.SESSION, session_id))
@@ -60,6 +102,10 @@ class DatabaseResources:
             turn_count=row["turn_count"],
             usage=msgspec.convert(usage_columns(dict(row)), TokenUsage),
         )
+
+    async def budgets(self, session_id: str) -> Sequence[Budget]:
+        async with self._pool.acquire() as connection:
+            return await applying(connection, parse_id(Prefix.SESSION, session_id))  # type: ignore[arg-type]  # a proxy
 
     async def set_title(self, session_id: str, title: str) -> None:
         key = parse_id(Prefix.SESSION, session_id)

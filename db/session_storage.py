@@ -1,23 +1,21 @@
 """A session's values and secrets in PostgreSQL.
 
-Writers lock the session's row: limits are counted under it, and nothing is written to a session that is being deleted. The rows
-of a deleted session stay, but no query here finds them. A secret is sealed to its own row, under the id that the row keeps for
-life, so that an envelope copied from another row, of whatever session, opens nowhere.
+A secret is sealed to its own row, under the id that the row keeps for life, so that an envelope copied from another row, of
+whatever session, opens nowhere.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Final
 from uuid import UUID
 
 import asyncpg
 import structlog
 
-from db.sessions import session_not_found
+from db.session_belongings import OF_LIVE_SESSION, locked_session, told_to_tools
 from domain.clock import timestamp
-from domain.errors import EverrunsError, ResourceLimit
+from domain.errors import ResourceLimit
 from domain.ids import DEFAULT_ORG_ID, Prefix, parse_id, uuid7
 from domain.limits import MAX_SECRETS_PER_SESSION, MAX_VALUES_PER_SESSION, VALUES_MAX_BYTES
 from domain.secret import Secret
@@ -32,12 +30,9 @@ from domain.session_storage import (
 )
 from infra.encryption import Keyring, UndecryptableSecret, bound_to
 
-_LIVE: Final = "session_id = (SELECT id FROM sessions WHERE org_id = $1 AND id = $2 AND deleted_at IS NULL)"
-_LOCK: Final = """SELECT 1 FROM sessions WHERE org_id = $1 AND id = $2 AND deleted_at IS NULL FOR NO KEY UPDATE"""
-
 _VALUE_COLUMNS: Final = "key, value, created_at, updated_at"
-_VALUE: Final = f"SELECT {_VALUE_COLUMNS} FROM session_values WHERE {_LIVE} AND key = $3"  # noqa: S608
-_VALUES: Final = f"SELECT {_VALUE_COLUMNS} FROM session_values WHERE {_LIVE} ORDER BY key"  # noqa: S608
+_VALUE: Final = f"SELECT {_VALUE_COLUMNS} FROM session_values WHERE {OF_LIVE_SESSION} AND key = $3"  # noqa: S608
+_VALUES: Final = f"SELECT {_VALUE_COLUMNS} FROM session_values WHERE {OF_LIVE_SESSION} ORDER BY key"  # noqa: S608
 _OTHER_VALUES: Final = """SELECT count(*) AS values, coalesce(sum(octet_length(value)), 0)::bigint AS bytes FROM session_values
     WHERE session_id = $1 AND key <> $2"""
 _SET_VALUE: Final = f"""INSERT INTO session_values (session_id, key, value) VALUES ($1, $2, $3)
@@ -45,9 +40,9 @@ _SET_VALUE: Final = f"""INSERT INTO session_values (session_id, key, value) VALU
     RETURNING {_VALUE_COLUMNS}"""  # noqa: S608
 _DELETE_VALUE: Final = "DELETE FROM session_values WHERE session_id = $1 AND key = $2"
 
-_SECRET: Final = f"SELECT id, value FROM session_secrets WHERE {_LIVE} AND name = $3"  # noqa: S608
+_SECRET: Final = f"SELECT id, value FROM session_secrets WHERE {OF_LIVE_SESSION} AND name = $3"  # noqa: S608
 _SHOWN: Final = "name, created_at, updated_at"
-_SECRETS: Final = f"SELECT {_SHOWN} FROM session_secrets WHERE {_LIVE} ORDER BY name"  # noqa: S608
+_SECRETS: Final = f"SELECT {_SHOWN} FROM session_secrets WHERE {OF_LIVE_SESSION} ORDER BY name"  # noqa: S608
 _IDS_BY_NAME: Final = "SELECT name, id FROM session_secrets WHERE session_id = $1"
 _SET_SECRETS: Final = f"""INSERT INTO session_secrets (session_id, id, name, value)
     SELECT $1, n.id, n.name, n.value FROM unnest($2::uuid[], $3::text[], $4::text[]) AS n(id, name, value)
@@ -68,32 +63,32 @@ class DatabaseStorage:
         self._key = parse_id(Prefix.SESSION, session_id)
 
     async def get(self, key: str) -> StoredValue | None:
-        with _told_to_tools():
+        with told_to_tools(StorageProblem):
             check_key(key)
             row = await self._pool.fetchrow(_VALUE, DEFAULT_ORG_ID, self._key, key)
             return None if row is None else _value(row)
 
     async def set(self, key: str, value: str) -> StoredValue:
-        with _told_to_tools():
+        with told_to_tools(StorageProblem):
             check_key(key)
             check_value(value)
-            async with _locked(self._pool, self._session_id) as connection:
+            async with locked_session(self._pool, self._session_id) as connection:
                 await self._check_room(connection, key, value)
                 row = await connection.fetchrow(_SET_VALUE, self._key, key, value)
             assert row is not None
             return _value(row)
 
     async def delete(self, key: str) -> bool:
-        with _told_to_tools():
+        with told_to_tools(StorageProblem):
             check_key(key)
-            async with _locked(self._pool, self._session_id) as connection:
+            async with locked_session(self._pool, self._session_id) as connection:
                 return await connection.execute(_DELETE_VALUE, self._key, key) == "DELETE 1"
 
     async def keys(self) -> list[StoredValue]:
         return await list_values(self._pool, self._session_id)
 
     async def get_secret(self, name: str) -> Secret | None:
-        with _told_to_tools():
+        with told_to_tools(StorageProblem):
             check_secret_name(name)
             row = await self._pool.fetchrow(_SECRET, DEFAULT_ORG_ID, self._key, name)
         if row is None:
@@ -105,14 +100,14 @@ class DatabaseStorage:
             raise StorageProblem(f"The secret `{name}` cannot be read; it has to be set again.") from None
 
     async def set_secret(self, name: str, value: Secret) -> StoredSecret:
-        with _told_to_tools():
+        with told_to_tools(StorageProblem):
             (stored,) = await set_secrets(self._pool, self._keyring, self._session_id, {name: value})
             return stored
 
     async def delete_secret(self, name: str) -> bool:
-        with _told_to_tools():
+        with told_to_tools(StorageProblem):
             check_secret_name(name)
-            async with _locked(self._pool, self._session_id) as connection:
+            async with locked_session(self._pool, self._session_id) as connection:
                 return await connection.execute(_DELETE_NAMED, self._key, name) == "DELETE 1"
 
     async def secrets(self) -> list[StoredSecret]:
@@ -148,7 +143,7 @@ async def set_secrets(
     """
     check_secrets(secrets)
     key = parse_id(Prefix.SESSION, session_id)
-    async with _locked(pool, session_id) as connection:
+    async with locked_session(pool, session_id) as connection:
         ids: dict[str, UUID] = {row["name"]: row["id"] for row in await connection.fetch(_IDS_BY_NAME, key)}
         if len(ids.keys() | secrets.keys()) > MAX_SECRETS_PER_SESSION:
             raise ResourceLimit(f"A session may hold {MAX_SECRETS_PER_SESSION} secrets; delete some first")
@@ -156,23 +151,6 @@ async def set_secrets(
         envelopes = [keyring.encrypt(secrets[name].reveal(), bound_to=_place(row)) for name, row in rows.items()]
         stored = await connection.fetch(_SET_SECRETS, key, list(rows.values()), list(rows), envelopes)
     return [_secret(row) for row in stored]
-
-
-@contextlib.asynccontextmanager
-async def _locked(pool: asyncpg.Pool, session_id: str) -> AsyncIterator[asyncpg.Connection]:
-    """A transaction that no other writer of this session's storage shares. Raises `NotFound`."""
-    async with pool.acquire() as connection, connection.transaction():
-        if await connection.fetchval(_LOCK, DEFAULT_ORG_ID, parse_id(Prefix.SESSION, session_id)) is None:
-            raise session_not_found(session_id)
-        yield connection  # type: ignore[misc]  # a pool's proxy
-
-
-@contextlib.contextmanager
-def _told_to_tools() -> Iterator[None]:
-    try:
-        yield
-    except EverrunsError as error:
-        raise StorageProblem(f"{error.message}.") from None
 
 
 def _place(row: UUID) -> str:

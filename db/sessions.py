@@ -14,14 +14,18 @@ import asyncpg
 import msgspec
 from msgspec import UNSET, Struct
 
+from db.child_sessions import delete_below
 from db.columns import column_values, like_patterns, read_resource
 from db.database import Database
 from db.event_log import EventLog, SessionTransaction
 from db.harnesses import DEFAULT_HARNESS
 from db.initial_files import put_initial_files
+from db.schedules import END_OF_SESSION
+from db.session_cleanup import forget_sessions
 from db.session_stats import usage_columns
+from db.virtual_capabilities import declared_of
 from domain.clock import timestamp
-from domain.config import CapabilityRef
+from domain.config import CapabilityRef, DeclaredCapability
 from domain.errors import Archived, InvalidInput, NotFound, ResourceLimit, UnknownModel
 from domain.events import NewEvent, SessionStarted, SessionTitleUpdated
 from domain.ids import (
@@ -59,7 +63,8 @@ SELECT: Final = """
 SELECT s.*, t.status, t.preview, t.output_preview, t.input_tokens, t.output_tokens, t.cache_read_tokens,
        t.cache_creation_tokens, t.estimated_cost_usd, t.actual_cost_usd, t.effective_cost_usd,
        t.started_at, t.finished_at, t.updated_at AS state_updated_at,
-       a.public_id AS agent_public_id, a.capabilities AS agent_capabilities, p.session_id IS NOT NULL AS is_pinned
+       a.public_id AS agent_public_id, a.capabilities AS agent_capabilities, p.session_id IS NOT NULL AS is_pinned,
+       (SELECT count(*) FROM session_schedules x WHERE x.session_id = s.id AND x.ended_at IS NULL) AS active_schedule_count
 FROM sessions s
 JOIN session_state t ON t.session_id = s.id
 LEFT JOIN agents a ON a.id = s.agent_id
@@ -90,6 +95,8 @@ class SessionInContext(Struct, frozen=True, kw_only=True):
 
     session: Session
     layered_capabilities: list[CapabilityRef]
+    declared: list[DeclaredCapability] = []
+    """What references to rows come to, those of other sessions of the same page among them."""
 
 
 async def create_session(database: Database, log: EventLog, new: NewSession) -> SessionInContext:
@@ -113,9 +120,9 @@ async def _insert(work: SessionTransaction, new: NewSession) -> None:
     )
     if (count or 0) >= MAX_SESSIONS_PER_ORG:
         raise ResourceLimit(f"An organization may have {MAX_SESSIONS_PER_ORG} sessions; delete some first")
-    agent = await _find(connection, "agent", new.agent_id, new.agent_name)
+    agent = await find_named(connection, "agent", new.agent_id, new.agent_name)
     harness = await _harness(connection, new, agent)
-    model = await _model(connection, new.model_id)
+    model = await find_model(connection, new.model_id)
     workspace = await _workspace(work, new.workspace_id, new.title)
     columns = column_values(new)
     await connection.execute(
@@ -156,7 +163,7 @@ def _one_of(first: str, first_value: object, second: str, second_value: object) 
         raise InvalidInput(f"Give either {first} or {second}, not both", field=second)
 
 
-async def _find(
+async def find_named(
     connection: asyncpg.Connection, kind: Literal["agent", "harness"], public_id: str | None, name: str | None
 ) -> asyncpg.Record | None:
     """The active row a request names, locked against being archived meanwhile; None when it names none."""
@@ -185,16 +192,16 @@ async def _find(
 
 async def _harness(connection: asyncpg.Connection, new: NewSession, agent: asyncpg.Record | None) -> asyncpg.Record:
     if agent is not None and new.harness_id is None and new.harness_name is None:
-        row = await _find(connection, "harness", format_id(Prefix.HARNESS, agent["harness_id"]), None)
+        row = await find_named(connection, "harness", format_id(Prefix.HARNESS, agent["harness_id"]), None)
     elif new.harness_id is not None:
-        row = await _find(connection, "harness", new.harness_id, None)
+        row = await find_named(connection, "harness", new.harness_id, None)
     else:
-        row = await _find(connection, "harness", None, new.harness_name or DEFAULT_HARNESS)
+        row = await find_named(connection, "harness", None, new.harness_name or DEFAULT_HARNESS)
     assert row is not None
     return row
 
 
-async def _model(connection: asyncpg.Connection, model_id: str | None) -> UUID | None:
+async def find_model(connection: asyncpg.Connection, model_id: str | None) -> UUID | None:
     if model_id is None:
         return None
     key = parse_id(Prefix.MODEL, model_id)
@@ -263,7 +270,7 @@ async def _select(database: Database, condition: str, arguments: Sequence[object
     chains: dict[UUID, list[CapabilityRef]] = {}
     for row in await database.pool.fetch(HARNESS_CAPABILITIES, list({row["harness_id"] for row in rows})):
         chains.setdefault(row["leaf"], []).extend(_refs(row["capabilities"]))
-    return [
+    found = [
         SessionInContext(
             session=_session_of(row),
             layered_capabilities=[
@@ -274,6 +281,9 @@ async def _select(database: Database, condition: str, arguments: Sequence[object
         )
         for row in rows
     ]
+    refs = [ref for one in found for ref in one.layered_capabilities]
+    declared = await declared_of(database, refs)
+    return [msgspec.structs.replace(one, declared=declared) for one in found] if declared else found
 
 
 def _refs(text: str | None) -> list[CapabilityRef]:
@@ -317,18 +327,29 @@ async def update_session(
 
 async def delete_session(
     database: Database, session_id: str, stop: Callable[[str, str | None], Awaitable[None]]
-) -> None:
-    """Hide a session for good; its log stays. A running turn is stopped first.
+) -> list[UUID]:
+    """Hide a session for good, and those of its sub-agents with it; their logs stay. Running turns are stopped first.
 
+    Returns their workspaces: those that nobody has any more are to be cleared away (`db.session_cleanup`).
     The stop is asked for inside the transaction: when it fails, the session is still there and the request can be repeated.
     """
     key = parse_id(Prefix.SESSION, session_id)
     async with database.transaction() as connection:
         await _locked(connection, key, session_id)
         status = await connection.fetchval("SELECT status FROM session_state WHERE session_id = $1", key)
-        if status in BUSY:
+        if status in BUSY or status == "paused":
             await stop(session_id, "The session was deleted")
         await connection.execute("UPDATE sessions SET deleted_at = now(), updated_at = now() WHERE id = $1", key)
+        await connection.execute(END_OF_SESSION, key)
+        children = await delete_below(connection, key)
+        for child in children:
+            await connection.execute(END_OF_SESSION, child.key)
+            if child.busy:
+                await stop(format_id(Prefix.SESSION, child.key), "The session was deleted")
+        deleted = [key, *(child.key for child in children)]
+        await forget_sessions(connection, deleted)
+        query = "SELECT DISTINCT workspace_id FROM sessions WHERE id = ANY($1::uuid[]) AND workspace_id IS NOT NULL"
+        return [row["workspace_id"] for row in await connection.fetch(query, deleted)]
 
 
 async def pin_session(database: Database, session_id: str) -> None:

@@ -1,5 +1,8 @@
 """The tool-call ledger: one row per call, `requested -> running -> settled`, always in the transaction of its events.
 
+A call that needs a person is `waiting`: before it runs (an approval), or in the middle (its tool asked). The answer makes it
+`requested` again.
+
 It answers the one question a recovery has to ask: has this call run, may it have run, or has it certainly not run?
 """
 
@@ -14,6 +17,7 @@ from msgspec import Struct
 
 from db.event_log import SessionTransaction
 from db.turn_rows import TurnRow, step_context, turn_context
+from domain.capabilities import Resumption
 from domain.events import (
     ActCompleted,
     ActStarted,
@@ -23,11 +27,12 @@ from domain.events import (
     ToolStarted,
     ToolStatus,
     TranscriptRepaired,
+    WaitingCall,
 )
 from domain.ids import Prefix, derived_id
 from domain.questions import QuestionSet, asked_by
 from domain.tools import SideEffect, ToolCall, ToolCallSummary
-from domain.turns import CallRef, PlannedCall, ToolSettlement
+from domain.turns import ActResult, CallRef, CallWait, PlannedCall, ToolSettlement
 
 OpenCallReason = Literal["interrupted", "timed_out", "cancelled", "superseded", "iteration_limit"]
 
@@ -43,10 +48,18 @@ _OPEN_TEXT: Final[dict[str, str]] = {
     "superseded": "Cancelled: user sent a new message",
     "iteration_limit": "Not executed: the turn reached its iteration limit",
 }
+APPROVAL: Final = "approval"
+"""The `wait_kind` of a call that may not run before a person has allowed it."""
+
+REJECTED_ALWAYS: Final = (
+    "The user does not allow this tool in this session. Do not call it again; find another way or ask."
+)
+_NO_DECISION: Final = "Nobody answered in time. The call was not executed."
 _NO_ANSWER: Final = "The user did not answer in time. Go on without the answer, or ask again later."
 
 _COLUMNS: Final = """call_id, turn_id, iteration, ordinal, name, display_name, arguments, kind, side_effect, concurrency_class,
-    timeout_seconds, status, outcome, attempt, starts, worker, problem"""
+    timeout_seconds, status, outcome, attempt, starts, worker, problem, wait_kind, wait_number, asked_number, wait_seconds,
+    wait_request, wait_state, wait_answer"""
 _READ_CALL: Final = f"SELECT {_COLUMNS} FROM tool_calls WHERE session_id = $1 AND call_id = $2"  # noqa: S608
 _OPEN_CALLS: Final = f"""SELECT {_COLUMNS} FROM tool_calls WHERE session_id = $1 AND status <> 'settled'
     ORDER BY requested_at, ordinal"""  # noqa: S608
@@ -55,10 +68,26 @@ _BATCH: Final = f"""SELECT {_COLUMNS}, extract(epoch FROM clock_timestamp() - re
 _KNOWN_IDS: Final = "SELECT call_id FROM tool_calls WHERE session_id = $1 AND call_id = ANY($2::text[])"
 _CALL_COUNT: Final = "SELECT count(*) FROM tool_calls WHERE session_id = $1"
 _REQUEST: Final = """INSERT INTO tool_calls (session_id, call_id, org_id, turn_id, iteration, ordinal, name, display_name,
-    arguments, kind, side_effect, concurrency_class, timeout_seconds, problem)
-    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)"""
+    arguments, kind, side_effect, concurrency_class, timeout_seconds, problem, status, wait_kind, wait_number, wait_seconds,
+    wait_request)
+    VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)"""
 _RUN: Final = """UPDATE tool_calls SET status = 'running', attempt = $3, starts = starts + 1, worker = $4,
     started_at = coalesce(started_at, clock_timestamp()) WHERE session_id = $1 AND call_id = $2"""
+_RELEASE: Final = """UPDATE tool_calls SET starts = starts - 1
+    WHERE session_id = $1 AND call_id = $2 AND attempt = $3 AND status = 'running'"""
+# A start that ended in a question is not one that was lost.
+_SUSPEND: Final = """UPDATE tool_calls SET status = 'waiting', wait_kind = $3, wait_number = wait_number + 1, wait_seconds = $4,
+    wait_request = $5, wait_state = $6, wait_answer = NULL, starts = 0 WHERE session_id = $1 AND call_id = $2"""
+_ANSWER: Final = "UPDATE tool_calls SET status = 'requested', wait_answer = $3 WHERE session_id = $1 AND call_id = $2"
+_ASK: Final = """
+WITH asked AS (
+    UPDATE tool_calls SET asked_number = greatest(wait_number, 1) WHERE session_id = $1 AND call_id = ANY($2::text[])
+)
+UPDATE session_state SET status = 'waiting_for_tool_results' WHERE session_id = $1
+"""
+_RULES: Final = (
+    "SELECT tool_name, decision FROM tool_approval_rules WHERE session_id = $1 AND tool_name = ANY($2::text[])"
+)
 _SETTLE: Final = """UPDATE tool_calls SET status = 'settled', outcome = $3, settled_at = clock_timestamp()
     WHERE session_id = $1 AND call_id = $2"""
 
@@ -77,6 +106,35 @@ class CallRow(Struct, frozen=True, kw_only=True):
     worker: str | None
     iteration: int
     problem: str | None = None
+    wait_kind: str | None = None
+    wait_number: int = 0
+    asked_number: int = 0
+    wait_seconds: float | None = None
+    wait_request: dict[str, object] = {}
+    wait_state: dict[str, object] = {}
+    wait_answer: dict[str, object] | None = None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody else has to act: a client that runs it, or a person who answers."""
+        return self.status == "waiting" or (self.kind == "client" and self.status != "settled")
+
+    @property
+    def answered(self) -> bool:
+        """It has got what it was waiting for, and can run now."""
+        return self.status == "requested" and self.wait_answer is not None
+
+    @property
+    def wake_id(self) -> str:
+        """What the turn waits for. Each further wait of a call has an id of its own."""
+        return self.call.id if self.wait_number <= 1 else f"{self.call.id}:{self.wait_number}"
+
+    @property
+    def resumption(self) -> Resumption | None:
+        # Leave to run is no answer to a question of the tool's: it begins as if nobody had been asked.
+        if self.wait_answer is None or self.wait_kind == APPROVAL:
+            return None
+        return Resumption(state=self.wait_state, answer=self.wait_answer)
 
     @property
     def asked(self) -> QuestionSet | None:
@@ -108,7 +166,18 @@ def _call_row(row: asyncpg.Record) -> CallRow:
         worker=row["worker"],
         iteration=row["iteration"],
         problem=row["problem"],
+        wait_kind=row["wait_kind"],
+        wait_number=row["wait_number"],
+        asked_number=row["asked_number"],
+        wait_seconds=row["wait_seconds"],
+        wait_request=_object(row["wait_request"]) or {},
+        wait_state=_object(row["wait_state"]) or {},
+        wait_answer=_object(row["wait_answer"]),
     )
+
+
+def _object(column: str | None) -> dict[str, object] | None:
+    return None if column is None else msgspec.json.decode(column, type=dict[str, object])
 
 
 def act_exec_id(turn: TurnRow, iteration: int) -> str:
@@ -149,6 +218,7 @@ async def with_free_ids(work: SessionTransaction, planned: Sequence[PlannedCall]
 async def request_calls(
     work: SessionTransaction, org_id: int, turn: TurnRow, iteration: int, planned: Sequence[PlannedCall]
 ) -> None:
+    planned = await _decided(work, planned)
     await work.connection.executemany(
         _REQUEST,
         [
@@ -167,9 +237,68 @@ async def request_calls(
                 item.concurrency_class,
                 item.timeout_seconds,
                 item.problem,
+                *_approval_columns(item),
             )
             for ordinal, item in enumerate(planned)
         ],
+    )
+
+
+async def _decided(work: SessionTransaction, planned: Sequence[PlannedCall]) -> Sequence[PlannedCall]:
+    """Calls that need leave, after what was decided for the rest of the session."""
+    names = [item.call.name for item in planned if item.approval is not None]
+    if not names:
+        return planned
+    rules = {row["tool_name"]: row["decision"] for row in await work.connection.fetch(_RULES, work.key, names)}
+
+    def decided(item: PlannedCall) -> PlannedCall:
+        rule = rules.get(item.call.name) if item.approval is not None else None
+        if rule is None:
+            return item
+        if rule == "reject_always":
+            # As for every refusal: nothing can have happened, whatever becomes of the worker that says so.
+            return msgspec.structs.replace(item, approval=None, problem=REJECTED_ALWAYS, side_effect=SideEffect.PURE)
+        return msgspec.structs.replace(item, approval=None)
+
+    return [decided(item) for item in planned]
+
+
+def _approval_columns(item: PlannedCall) -> tuple[str, str | None, int, float | None, str | None]:
+    """Status, wait_kind, wait_number, wait_seconds, wait_request."""
+    approval = item.approval
+    if approval is None or item.problem is not None:
+        return "requested", None, 0, None, None
+    request = msgspec.json.encode({"reason": approval.reason}).decode()
+    return "waiting", APPROVAL, 1, approval.wait_seconds, request
+
+
+async def release_call(work: SessionTransaction, call_id: str, *, attempt: int) -> None:
+    """Take back the start of an attempt that handed its call over."""
+    await work.connection.execute(_RELEASE, work.key, call_id, attempt)
+
+
+async def suspend_call(
+    work: SessionTransaction, row: CallRow, wait: CallWait, wait_seconds: float | None = None
+) -> None:
+    """Put a running call to rest until somebody has answered."""
+    request, state = msgspec.json.encode(wait.request).decode(), msgspec.json.encode(wait.state).decode()
+    await work.connection.execute(_SUSPEND, work.key, row.call.id, wait.kind, wait_seconds, request, state)
+
+
+async def answer_call(work: SessionTransaction, row: CallRow, answer: dict[str, object]) -> None:
+    """Give a waiting call what it waits for. It runs when the turn is woken."""
+    await work.connection.execute(_ANSWER, work.key, row.call.id, msgspec.json.encode(answer).decode())
+
+
+async def open_waits(work: SessionTransaction) -> ActResult:
+    """What the session waits for, for a workflow that may not have heard of it."""
+    return _waits([row for row in await read_open_calls(work) if row.awaited])
+
+
+def _waits(rows: Sequence[CallRow]) -> ActResult:
+    seconds = [row.wait_seconds for row in rows if row.wait_seconds is not None]
+    return ActResult(
+        waiting=bool(rows), waits=[row.wake_id for row in rows], wait_seconds=max(seconds) if seconds else None
     )
 
 
@@ -232,17 +361,17 @@ async def settle_call(
     )
 
 
-async def close_batch(work: SessionTransaction, turn: TurnRow, iteration: int) -> bool:
-    """After a server-side call settled: close the batch if it was the last, and hand open client-side calls to the client.
-
-    Returns whether the turn now waits for the client.
+async def close_batch(work: SessionTransaction, turn: TurnRow, iteration: int) -> ActResult:
+    """After a server-side call settled or was put to rest: close the batch if none is left that can run now, and ask clients and
+    persons for the rest.
     """
     rows = await work.connection.fetch(_BATCH, work.key, turn.id, iteration)
     batch = [_call_row(row) for row in rows]
     server = [row for row in batch if row.kind == "server"]
-    if any(row.status != "settled" for row in server):
-        return False
-    if any(row.attempt > 0 for row in server):  # otherwise nothing opened the batch
+    if any(row.status in ("requested", "running") for row in server):
+        return ActResult()
+    settled = all(row.status == "settled" for row in server)
+    if settled and any(row.attempt > 0 for row in server):  # otherwise nothing opened the batch
         succeeded = sum(row.outcome == "success" for row in server)
         act_exec = act_exec_id(turn, iteration)
         await work.append(
@@ -257,34 +386,69 @@ async def close_batch(work: SessionTransaction, turn: TurnRow, iteration: int) -
                 dedupe_key=f"act.completed:{act_exec}",
             )
         )
-    return await request_client_calls(work, turn, [row for row in batch if row.kind == "client"])
+    return await request_answers(work, turn, batch)
 
 
-async def request_client_calls(work: SessionTransaction, turn: TurnRow, rows: Sequence[CallRow]) -> bool:
-    """Ask the client to run its calls; the status flips in the same transaction, before the client can see the request."""
-    waiting = [row for row in rows if row.status != "settled"]
-    if not waiting:
-        return False
-    await work.connection.execute(
-        "UPDATE session_state SET status = 'waiting_for_tool_results' WHERE session_id = $1", work.key
-    )
-    await work.append(
-        NewEvent(
-            data=ToolCallRequested(
-                tool_calls=[row.call for row in waiting],
-                tool_summaries=[_summary(row) for row in waiting],
-                questions=[asked for row in waiting if (asked := row.asked) is not None] or None,
-            ),
-            context=turn_context(turn),
-            dedupe_key=f"tool.call_requested:{turn.id.hex}:{waiting[0].iteration}",
+async def request_answers(work: SessionTransaction, turn: TurnRow, rows: Sequence[CallRow]) -> ActResult:
+    """Ask for what only a client or a person can give; the status flips in the same transaction, before anybody can see it.
+
+    A client's call is asked for once. One that its client has left out of its results is given up, as ever.
+    """
+    awaited = [row for row in rows if row.awaited]
+    new = [row for row in awaited if row.asked_number < max(row.wait_number, 1)]
+    if not new and not any(row.status == "waiting" for row in awaited) and not _client_is_at_work(rows):
+        return ActResult()
+    await work.connection.execute(_ASK, work.key, [row.call.id for row in new])
+    if new:
+        client = [row for row in new if row.kind == "client"]
+        waiting = [row for row in new if row.kind == "server"]
+        key = f"tool.call_requested:{turn.id.hex}:{new[0].iteration}"
+        if waiting:
+            key = ":".join((key, *(row.wake_id for row in new)))
+        await work.append(
+            NewEvent(
+                data=ToolCallRequested(
+                    tool_calls=[row.call for row in client],
+                    tool_summaries=[_summary(row) for row in client] or None,
+                    questions=[asked for row in client if (asked := row.asked) is not None] or None,
+                    waiting=[_waiting(row) for row in waiting] or None,
+                ),
+                context=turn_context(turn),
+                dedupe_key=key,
+            )
         )
+    return _waits(awaited)
+
+
+def _client_is_at_work(batch: Sequence[CallRow]) -> bool:
+    """Whether only persons have answered so far: their decisions must not take a call from a client that still runs it."""
+    clients = [row for row in batch if row.kind == "client" and row.asked is None]
+    decided = any(row.kind == "server" and row.wait_kind is not None for row in batch)
+    return decided and bool(clients) and not any(row.status == "settled" for row in clients)
+
+
+async def wait_on(work: SessionTransaction, turn: TurnRow, rows: Sequence[CallRow]) -> ActResult:
+    """After a person has rejected calls: what is still to be waited for. `rows` are the open calls."""
+    if not rows or any(row.kind != "client" or row.asked_number == 0 for row in rows):
+        return ActResult()
+    found = await work.connection.fetch(_BATCH, work.key, turn.id, rows[0].iteration)
+    return await request_answers(work, turn, [_call_row(row) for row in found])
+
+
+def _waiting(row: CallRow) -> WaitingCall:
+    return WaitingCall(
+        tool_call=row.call, kind=row.wait_kind or "", request=row.wait_request, display_name=row.display_name
     )
-    return True
 
 
-async def settle_open_calls(work: SessionTransaction, turn: TurnRow, why: OpenCallReason) -> int:
-    """Give every open call a result that says what is known about it; returns how many there were."""
-    rows = await read_open_calls(work)
+async def settle_open_calls(
+    work: SessionTransaction, turn: TurnRow, why: OpenCallReason, rows: Sequence[CallRow] | None = None
+) -> int:
+    """Give every open call a result that says what is known about it; returns how many there were.
+
+    `rows` are the open calls, when the caller has read them.
+    """
+    rows = await read_open_calls(work) if rows is None else rows
     for row in rows:
         status: Literal["error", "timeout", "cancelled"] = "cancelled"
         if why == "interrupted":
@@ -294,7 +458,7 @@ async def settle_open_calls(work: SessionTransaction, turn: TurnRow, why: OpenCa
             text = _OPEN_TEXT[why]
             if why == "timed_out":
                 status = "timeout"
-                text = _NO_ANSWER if row.asked is not None else text
+                text = _NO_ANSWER if row.asked is not None else _NO_DECISION if row.status == "waiting" else text
             elif _may_have_run(row):
                 text = f"{text}. {OUTCOME_UNKNOWN}"
         await settle_call(work, turn, row, ToolSettlement(status=status, error=text))
@@ -312,6 +476,8 @@ async def settle_open_calls(work: SessionTransaction, turn: TurnRow, why: OpenCa
 
 
 def _interruption(row: CallRow) -> str:
+    if row.status == "waiting":
+        return "Cancelled: interrupted before the user answered"
     if row.kind == "client":
         who = "client returned a result" if row.asked is None else "user answered"
         return f"Cancelled: interrupted before the {who}"

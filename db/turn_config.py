@@ -44,6 +44,20 @@ ORDER BY kind, place
 """  # noqa: S608
 
 
+HARNESS_LAYERS: Final = f"""
+WITH RECURSIVE chain AS (
+    SELECT h.*, 0 AS depth FROM harnesses h WHERE h.org_id = $1 AND h.id = $2 AND h.status <> 'deleted'
+    UNION ALL
+    SELECT h.*, chain.depth + 1 FROM harnesses h JOIN chain ON h.id = chain.parent_harness_id
+    WHERE chain.depth < {MAX_HARNESS_DEPTH}
+)
+SELECT default_model_id AS model_id, fallback_model_ids, NULL::jsonb AS tools, NULL::integer AS max_iterations,
+       NULL AS locale, NULL::jsonb AS hints,
+       {_LAYER_COLUMNS}
+FROM chain ORDER BY depth DESC
+"""  # noqa: S608
+
+
 class SessionLayers(Struct, frozen=True, kw_only=True):
     layers: list[ConfigLayer]
     harness_id: UUID
@@ -73,6 +87,11 @@ async def read_session_layers(connection: asyncpg.Connection, session: UUID) -> 
         agent_name=agent and agent["name"],
         agent_description=agent and agent["description"],
     )
+
+
+async def read_harness_layers(connection: asyncpg.Connection, org_id: int, harness: UUID) -> list[ConfigLayer]:
+    """Of a harness and what it inherits from, base first; none when it is not there."""
+    return [_layer(row) for row in await connection.fetch(HARNESS_LAYERS, org_id, harness)]
 
 
 def _layer(row: asyncpg.Record) -> ConfigLayer:

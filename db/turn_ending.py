@@ -7,7 +7,7 @@ from typing import Final
 from uuid import UUID
 
 from db import inbox, tool_ledger
-from db.event_log import SessionTransaction, read_partial_text
+from db.event_log import SessionTransaction, read_partial_text, read_replacement
 from db.turn_events import duration_ms, reason_aborted_event, synthetic_message, turn_event
 from db.turn_rows import StateRow, TurnRow, read_turn, turn_context
 from domain.clock import now_timestamp
@@ -127,7 +127,9 @@ async def close_partial_message(work: SessionTransaction, turn: TurnRow) -> None
     """Keep what was streamed of a message that will never be finished: clients have seen it."""
     if turn.open_message_id is None:
         return
-    text = await read_partial_text(work.connection, work.session_id, turn.open_message_id)
+    text = await read_replacement(work.connection, work.session_id, turn.open_message_id)
+    if text is None:
+        text = await read_partial_text(work.connection, work.session_id, turn.open_message_id)
     message = Message(
         id=turn.open_message_id,
         role=Role.AGENT,

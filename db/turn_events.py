@@ -164,7 +164,8 @@ def generation_events(
     generation = LlmGeneration(
         messages=_new_in_prompt(outcome.prompt, first=ref.iteration == 1, compacted=answer.compaction is not None),
         prompt_message_count=len(outcome.prompt),
-        tools=_generation_tools(outcome.offered_tools) or None,
+        # Once a turn: with the tools of a dozen capabilities they would be most of the log.
+        tools=(_generation_tools(outcome.offered_tools) or None) if ref.iteration == 1 else None,
         output=GenerationOutput(text=outcome.text or None, tool_calls=calls or None),
         metadata=GenerationMetadata(
             model=model.name,

@@ -9,15 +9,19 @@ import msgspec
 from msgspec import Struct
 
 from db import inbox
+from db.child_sessions import without_spawning
 from db.event_log import SessionTransaction
+from db.initial_files import put_missing_files
 from db.turn_config import read_session_layers
 from db.turn_ending import close_lost_turn
 from db.turn_events import turn_event
 from db.turn_rows import TURN_COLUMNS, StateRow, TurnRow, lock_state, turn_row
-from domain.config import controls_layer, fold
+from db.virtual_capabilities import pinned
+from domain.config import TurnConfig, controls_layer, fold
 from domain.events import EventPayload, NewEvent, SessionActivated, SessionModelChanged, TurnStarted
 from domain.ids import Prefix, format_id, parse_id
 from domain.messages import Controls, ImageFilePart, ImagePart, Message, TextPart
+from domain.workspace import FileProblem
 
 _REST: Final = """UPDATE session_state SET status = 'idle' WHERE session_id = $1 AND turn_id IS NULL
     AND status IN ('active', 'waiting_for_tool_results')"""
@@ -62,6 +66,8 @@ async def open_turn(work: SessionTransaction, state: StateRow, turn_id: str) -> 
         return None
     message_ids = await inbox.take(work, first)
     controls = next((message.controls for message in reversed(inputs) if message.controls is not None), None)
+    config = await _with_rows(work, state, fold([*layers.layers, controls_layer(controls)]))
+    config = await without_spawning(work.connection, work.key, config)
     model_key, model_changed = await _wanted_model(work, state, controls)
     row = await work.connection.fetchrow(
         _OPEN,
@@ -71,7 +77,7 @@ async def open_turn(work: SessionTransaction, state: StateRow, turn_id: str) -> 
         layers.agent_row_id,
         layers.agent_id,
         layers.harness_id,
-        msgspec.json.encode(fold([*layers.layers, controls_layer(controls)])).decode(),
+        msgspec.json.encode(config).decode(),
         message_ids[0],
         None if controls is None else msgspec.json.encode(controls).decode(),
         _timezone(inputs),
@@ -96,6 +102,23 @@ async def open_turn(work: SessionTransaction, state: StateRow, turn_id: str) -> 
         model_changed,
     ]
     return OpenedTurn(turn=turn, events=[turn_event(turn, payload) for payload in payloads if payload is not None])
+
+
+async def _with_rows(work: SessionTransaction, state: StateRow, config: TurnConfig) -> TurnConfig:
+    """With the rows the configuration names, and their files in the workspace."""
+    found = await pinned(work.connection, state.org_id, config, with_files=True)
+    problems: dict[str, str] = {}
+    for ref, files in found.mounts.items():
+        try:
+            await put_missing_files(work.connection, work.key, state.org_id, files)
+        except FileProblem as problem:
+            problems[ref] = f"its files cannot be written: {problem}"
+    if not problems:
+        return found.config
+    declared = [
+        msgspec.structs.replace(one, problem=problems.get(one.ref, one.problem)) for one in found.config.declared
+    ]
+    return msgspec.structs.replace(found.config, declared=declared)
 
 
 async def _wanted_model(

@@ -21,7 +21,8 @@ _LOCK_STATE: Final = """
 SELECT org_id, status, last_sequence, turn_id, turn_count, step_exec_id, step_attempt, step_starts, step_releases,
        step_failures, step_model_failures, step_wait_ms, model_id, token_ratio,
        input_tokens, output_tokens, cache_read_tokens, cache_creation_tokens,
-       estimated_cost_usd, actual_cost_usd, effective_cost_usd
+       estimated_cost_usd, actual_cost_usd, effective_cost_usd, paused_by,
+       EXISTS (SELECT FROM budgets b WHERE b.org_id = session_state.org_id AND b.status <> 'disabled') AS has_budgets
 FROM session_state WHERE session_id = $1 FOR NO KEY UPDATE
 """
 TURN_COLUMNS: Final = """id, status, iteration, input_sequences, harness_id, agent_public_id, config, input_message_id,
@@ -48,6 +49,10 @@ class StateRow(Struct, frozen=True, kw_only=True):
     model_id: UUID | None
     token_ratio: float | None
     usage: TokenUsage
+    paused_by: UUID | None
+    """The budget a paused session waits for; means nothing with another status."""
+    has_budgets: bool
+    """Whether the organization has any: without one nothing else is asked of them."""
 
 
 class TurnRow(Struct, frozen=True, kw_only=True):
@@ -125,6 +130,8 @@ async def lock_state(work: SessionTransaction) -> StateRow:
         model_id=row["model_id"],
         token_ratio=row["token_ratio"],
         usage=_usage(row),
+        paused_by=row["paused_by"],
+        has_budgets=row["has_budgets"],
     )
 
 

@@ -14,7 +14,9 @@ import msgspec
 import structlog
 from msgspec import Struct
 
-from db import context_checkpoints, generations, inbox, tool_ledger
+from db import budget_gate, context_checkpoints, generations, inbox, tool_ledger
+from db.budget_events import paused_event
+from db.call_notices import planned_notices, result_notices
 from db.circuit_breakers import note_failure, note_success
 from db.event_log import EventLog, SessionTransaction, read_partial_text
 from db.model_choice import ModelChooser, is_guarded, keeps_state
@@ -31,14 +33,17 @@ from db.turn_events import (
 )
 from db.turn_opening import open_turn
 from db.turn_rows import StateRow, TurnRow, fence, lock_state, read_turn, step_context, step_key, usage_columns
+from domain.budgets import COMPACTION
 from domain.checkpoints import Checkpoint
 from domain.events import EventPayload, NewEvent, ReasonRecovered, ReasonThinkingDelta, TokenUsage
 from domain.ids import Prefix, format_id, parse_id
+from domain.messages import Delivery
 from domain.model import BREAKER_FAILURES, RETRYABLE, USER_ERRORS, ModelErrorKind, ResumePoint
 from domain.tools import SideEffect
 from domain.turns import (
     ActResult,
     ArrivedAnswer,
+    CallWait,
     FailureVerdict,
     FinishInput,
     FinishResult,
@@ -97,6 +102,9 @@ _NOTE_RELEASE: Final = "UPDATE session_state SET step_releases = step_releases +
 _NOTE_ERROR: Final = """UPDATE turns SET last_error = $2, last_error_code = $3, last_error_fields = $4, model_index = $5
     WHERE id = $1"""
 
+PERSON_WAIT_SECONDS: Final = 7 * 24 * 3600.0
+"""How long a tool waits for a person's answer. Waiting costs nothing; a week is when nobody will answer any more."""
+
 TOKEN_RATIO_RANGE: Final = (0.25, 4.0)
 """Beyond it a provider's count says more about something we did not estimate (an image) than about our estimate."""
 
@@ -130,6 +138,9 @@ class TurnStore:
             opening: list[NewEvent] = []
             read: list[str] = []
             if turn is None:
+                held = await budget_gate.before_turn(work, state, ref)
+                if held is not None:
+                    return held
                 opened = await open_turn(work, state, ref.turn_id)
                 if opened is None:
                     return ReasonResult(next=ReasonNext.NOTHING)
@@ -137,9 +148,17 @@ class TurnStore:
             else:
                 if turn.iteration >= ref.iteration and turn.last_result is not None:
                     return turn.last_result
+                if turn.status == "paused":
+                    return ReasonResult(next=ReasonNext.PAUSED)
                 if turn.status != "running":
                     raise StepFenced
                 if state.step_exec_id != step_key(ref):
+                    resumed = await self._resumed_calls(work, turn, open_calls)
+                    if resumed is not None:
+                        return resumed
+                    held = await budget_gate.before_step(work, state, turn, ref, open_calls)
+                    if held is not None:
+                        return held
                     read = await inbox.take_for_running_turn(work)
             choice = await self._models.choose(work.connection, state.org_id, turn.config, turn.model_index)
             recovery = Recovery()
@@ -182,11 +201,16 @@ class TurnStore:
         usage: TokenUsage | None = None,
     ) -> None:
         async with self._log.transaction(ref.session_id) as work:
-            _, turn = await self._running_step(work, ref)
+            state, turn = await self._running_step(work, ref)
             is_new = checkpoint is not None and await context_checkpoints.install(work, self._keyring, checkpoint)
             is_new = bool(await work.append(*events)) or is_new
             if usage is not None and is_new:
                 await work.connection.execute(_COUNT_USAGE, work.key, turn.id, *usage_columns(usage))
+                spent_on = ("compaction", str(checkpoint.id) if checkpoint else work.appended[0].id)
+                charged = await budget_gate.charge(
+                    work, state, turn, usage, exec_id=ref.exec_id, meter=COMPACTION, ref=spent_on
+                )
+                await work.append(*charged.events)
 
     async def find_model(self, ref: StepRef, name: str) -> ResolvedModel | None:
         async with self._log.transaction(ref.session_id) as work:
@@ -210,6 +234,7 @@ class TurnStore:
             steered = not planned and any(item.for_running_turn for item in unread)
             calls = [item.call for item in planned]
             events = generation_events(ref, turn, state, outcome, calls, final=not planned and not steered)
+            events += planned_notices(ref, turn, planned, message_id_of(turn, ref.iteration))
             if planned:
                 # Before the ledger's own events: a call's message comes first.
                 await work.append(*events)
@@ -218,7 +243,10 @@ class TurnStore:
             else:
                 result = ReasonResult(next=ReasonNext.AGAIN if steered else ReasonNext.DONE)
             done = result.next is ReasonNext.DONE
-            result = msgspec.structs.replace(result, more=done and bool(unread), model=outcome.model.name)
+            budgets = await budget_gate.charge(work, state, turn, outcome.answer.usage, exec_id=ref.exec_id)
+            events = [*events, *budgets.events]
+            more = done and bool(unread) and budgets.pausing is None
+            result = msgspec.structs.replace(result, more=more, model=outcome.model.name)
             turn = after_step(turn, outcome, len(planned))
             usage = state.usage + outcome.answer.usage
             await work.connection.execute(
@@ -241,6 +269,8 @@ class TurnStore:
                 await work.append(*events)
                 return result
             # The end of a turn rides along: "nothing unread" was read under the lock this transaction still holds.
+            if budgets.pausing is not None:
+                events.append(paused_event(turn, budgets.pausing))
             completed = turn_completed_event(turn, ref.iteration, outcome.text, at_limit=bool(planned))
             await end_turn(
                 work,
@@ -249,8 +279,10 @@ class TurnStore:
                 [*events, completed],
                 iterations=ref.iteration,
                 usage=usage,
-                more=bool(unread),
+                more=more,
             )
+            if budgets.pausing is not None:
+                await budget_gate.pause_at_rest(work, budgets.pausing)
             return msgspec.structs.replace(result, ended_at=work.appended[-1].sequence)
 
     async def _plan_calls(
@@ -262,15 +294,48 @@ class TurnStore:
             await tool_ledger.settle_open_calls(work, turn, "iteration_limit")
             return ReasonResult(next=ReasonNext.DONE)
         rows = await tool_ledger.read_open_calls(work)
-        server = [row.ref() for row in rows if row.kind == "server"]
-        client = [row for row in rows if row.kind == "client"]
+        server = [row.ref() for row in rows if row.status == "requested" and row.kind == "server"]
+        waits = ActResult()
         if not server:
-            await tool_ledger.request_client_calls(work, turn, client)
+            waits = await tool_ledger.request_answers(work, turn, rows)
         return ReasonResult(
             next=ReasonNext.ACT if server else ReasonNext.WAIT,
             calls=server,
-            client_calls=[row.call.id for row in client],
+            client_calls=[row.wake_id for row in rows if row.awaited],
             serial=turn.config.parallel_tool_calls is False,
+            wait_seconds=waits.wait_seconds,
+        )
+
+    async def _resumed_calls(
+        self, work: SessionTransaction, turn: TurnRow, open_calls: Literal["interrupted", "timed_out"]
+    ) -> ReasonResult | None:
+        """Calls that a person has answered go on before the model is asked again, unless somebody interrupted the turn. Where all
+        were rejected, a client that still runs its calls is waited for.
+        """
+        rows = await tool_ledger.read_open_calls(work)
+        unread = await inbox.unread(work) if rows else []
+        if not rows or any(item.delivery == Delivery.INTERRUPT.value for item in unread):
+            return None
+        answered = [row for row in rows if row.answered]
+        if not answered:
+            if open_calls == "timed_out" or any(item.for_running_turn for item in unread):
+                return None
+            waits = await tool_ledger.wait_on(work, turn, rows)
+            if not waits.waiting:
+                return None
+            return ReasonResult(
+                next=ReasonNext.WAIT, client_calls=waits.waits, wait_seconds=waits.wait_seconds, resumed=True
+            )
+        if open_calls == "timed_out":
+            # Or what nobody has answered in time would be waited for once more.
+            await tool_ledger.settle_open_calls(work, turn, open_calls, [row for row in rows if row.awaited])
+            rows = answered
+        return ReasonResult(
+            next=ReasonNext.ACT,
+            calls=[row.ref() for row in answered],
+            client_calls=[row.wake_id for row in rows if row.awaited],
+            serial=turn.config.parallel_tool_calls is False,
+            resumed=True,
         )
 
     async def fail_reason(self, ref: StepRef, failure: ReasonFailure) -> FailureVerdict:
@@ -378,14 +443,15 @@ class TurnStore:
             row = await tool_ledger.read_call(work, call_id)
             if row is None:
                 raise StepFenced
-            if row.status == "settled":
-                return ActResult(waiting=state.status == "waiting_for_tool_results")
+            if row.status in ("settled", "waiting"):
+                return await _after_batch(work, state)
             claim = ToolClaim(
                 call=row.call,
                 config=turn.config,
                 side_effect=row.side_effect,
                 timezone=turn.timezone,
                 problem=row.problem,
+                resumed=row.resumption,
             )
             if row.status == "running" and (row.attempt, row.worker) == (ref.attempt, ref.worker):
                 # Claimed already, by this very attempt: the answer to its commit was lost, and nothing has run yet.
@@ -395,7 +461,7 @@ class TurnStore:
             if row.status == "running" and row.side_effect is SideEffect.AT_MOST_ONCE:
                 unknown = ToolSettlement(status="error", error=OUTCOME_UNKNOWN)
                 await tool_ledger.settle_call(work, turn, row, unknown, attempts=ref.attempt)
-                return ActResult(waiting=await tool_ledger.close_batch(work, turn, row.iteration))
+                return await tool_ledger.close_batch(work, turn, row.iteration)
             if row.starts >= LOST_ATTEMPTS_BEFORE_SEAL:
                 raise NoProgress
             await tool_ledger.start_call(work, turn, row, attempt=ref.attempt, worker=ref.worker)
@@ -408,9 +474,28 @@ class TurnStore:
             if row is None or row.attempt != ref.attempt:
                 raise StepFenced
             if row.status == "settled":
-                return ActResult(waiting=state.status == "waiting_for_tool_results")
+                return await _after_batch(work, state)
             await tool_ledger.settle_call(work, turn, row, settlement, attempts=ref.attempt)
-            return ActResult(waiting=await tool_ledger.close_batch(work, turn, row.iteration))
+            await work.append(*result_notices(turn, settlement.hits, call_id, ref.exec_id))
+            return await tool_ledger.close_batch(work, turn, row.iteration)
+
+    async def release_call(self, ref: StepRef, call_id: str) -> None:
+        async with self._log.transaction(ref.session_id) as work:
+            await self._running_turn(work, ref)
+            await tool_ledger.release_call(work, call_id, attempt=ref.attempt)
+
+    async def suspend_call(self, ref: StepRef, call_id: str, wait: CallWait) -> ActResult:
+        async with self._log.transaction(ref.session_id) as work:
+            state, turn = await self._running_turn(work, ref)
+            row = await tool_ledger.read_call(work, call_id)
+            if row is None or row.attempt != ref.attempt:
+                raise StepFenced
+            if row.status == "waiting":
+                return await _after_batch(work, state)
+            if row.status != "running":
+                raise StepFenced
+            await tool_ledger.suspend_call(work, row, wait, PERSON_WAIT_SECONDS)
+            return await tool_ledger.close_batch(work, turn, row.iteration)
 
     async def append_tool_event(self, ref: StepRef, call_id: str, payload: EventPayload) -> None:
         async with self._log.transaction(ref.session_id) as work:
@@ -428,6 +513,8 @@ class TurnStore:
         async with self._log.transaction(input.session_id) as work:
             state = await lock_state(work)
             turn = await read_turn(work, parse_id(Prefix.TURN, input.turn_id))
+            if turn is None or turn.status == "paused":
+                turn = await budget_gate.take_paused_turn(work, state)
             if turn is None:
                 # Cancelled before its first step: the turn is opened in the log to be closed visibly.
                 opened = await open_turn(work, state, input.turn_id)
@@ -454,6 +541,11 @@ class TurnStore:
         if (state.step_exec_id, state.step_attempt) != fence(ref):
             raise StepFenced
         return state, turn
+
+
+async def _after_batch(work: SessionTransaction, state: StateRow) -> ActResult:
+    """For a retry of a call that is over: whether the turn waits, and what for."""
+    return await tool_ledger.open_waits(work) if state.status == "waiting_for_tool_results" else ActResult()
 
 
 async def _recovery(

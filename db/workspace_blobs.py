@@ -1,9 +1,10 @@
 """Content of files, by its SHA-256. An organization stores the same bytes once.
 
-Content goes with the last entry that refers to it, in the transaction that removes the entry: an agent that rewrites a large file
-in a loop must not fill the disk. Whoever is about to refer to content locks it first (`FOR KEY SHARE`), and deleting passes over
-what is locked, so it never waits. Therefore content may outlive its last entries when two transactions let go of them at the same
-moment. It is harmless, and goes when the same bytes have been stored and deleted again.
+Content goes with the last entry and the last former version that refer to it, in the transaction that removes those. How much
+of what was replaced is kept for forks and rewinds is limited, because an agent that rewrites a large file in a loop must not
+fill the disk. Whoever is about to refer to content locks it first (`FOR KEY SHARE`), and deleting passes over what is locked,
+so it never waits. Therefore content may outlive its last entries when two transactions let go of them at the same moment. It is
+harmless, and goes when the same bytes have been stored and deleted again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ LOCK_UNWANTED: Final = """SELECT hash FROM workspace_blobs WHERE org_id = $1 AND
     FOR UPDATE SKIP LOCKED"""
 # A statement of its own: it sees what was committed before the locks were had.
 DELETE_UNWANTED: Final = """DELETE FROM workspace_blobs b WHERE org_id = $1 AND hash = ANY($2::bytea[])
-    AND NOT EXISTS (SELECT 1 FROM workspace_entries e WHERE e.org_id = b.org_id AND e.blob_hash = b.hash)"""
+    AND NOT EXISTS (SELECT 1 FROM workspace_entries e WHERE e.org_id = b.org_id AND e.blob_hash = b.hash)
+    AND NOT EXISTS (SELECT 1 FROM workspace_history h WHERE h.org_id = b.org_id AND h.blob_hash = b.hash)"""
 
 
 def hash_of(content: bytes) -> bytes:

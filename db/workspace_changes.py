@@ -1,22 +1,24 @@
 """Changes to the files of one workspace, within one transaction that holds the workspace's lock.
 
 The lock is the workspace's row in `workspace_usage`, so writers queue up: what they check (hashes, limits, what stands at a path)
-holds until they commit. Readers do not wait. Paths are normal here (`domain.workspace.normal_path`).
+holds until they commit. Readers do not wait. Paths are normal here (`domain.workspace.normal_path`). What is replaced or deleted
+goes into `workspace_history` by a trigger, whoever changes it, and from there when the history is too large.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Final, Self
 from uuid import UUID
 
 import asyncpg
 
-from db import workspace_blobs
+from db import workspace_blobs, workspace_history
 from domain.clock import timestamp
 from domain.ids import uuid7
-from domain.limits import FILE_MAX_BYTES, WORKSPACE_MAX_BYTES, WORKSPACE_MAX_ENTRIES
+from domain.limits import FILE_MAX_BYTES, WORKSPACE_HISTORY_MAX_BYTES, WORKSPACE_MAX_BYTES, WORKSPACE_MAX_ENTRIES
 from domain.workspace import (
     PATH_MAX_BYTES,
     BadPath,
@@ -29,6 +31,8 @@ from domain.workspace import (
     FileTooLarge,
     NewFile,
     NotThatKind,
+    Receipt,
+    ReceiptTaken,
     parents,
     shown,
 )
@@ -36,8 +40,26 @@ from domain.workspace import (
 COLUMNS: Final = "id, path, is_directory, is_readonly, blob_hash, size_bytes, encoding, created_at, updated_at"
 
 OPEN_USAGE: Final = "INSERT INTO workspace_usage (workspace_id) VALUES ($1) ON CONFLICT DO NOTHING"
-LOCK_USAGE: Final = "SELECT size_bytes, entry_count FROM workspace_usage WHERE workspace_id = $1 FOR UPDATE"
-WRITE_USAGE: Final = "UPDATE workspace_usage SET size_bytes = $2, entry_count = $3 WHERE workspace_id = $1"
+# Its moment is that of all changes of the transaction; see the migration that made `workspace_history`.
+LOCK_USAGE: Final = """UPDATE workspace_usage
+    SET changed_at = greatest(clock_timestamp(), changed_at + interval '1 microsecond')
+    WHERE workspace_id = $1 RETURNING size_bytes, entry_count, known_since"""
+# With it goes what is too old to be gone back to.
+WRITE_USAGE: Final = """
+WITH gone AS (
+    DELETE FROM workspace_history WHERE workspace_id = $1
+        AND total <= (SELECT max(total) FROM workspace_history WHERE workspace_id = $1) - $4
+    RETURNING blob_hash, until
+), written AS (
+    UPDATE workspace_usage SET size_bytes = $2, entry_count = $3,
+        known_since = greatest(known_since, (SELECT max(until) FROM gone))
+    WHERE workspace_id = $1
+)
+SELECT DISTINCT blob_hash FROM gone WHERE blob_hash IS NOT NULL
+"""
+COUNT: Final = """SELECT count(*) AS entries, coalesce(sum(size_bytes), 0)::bigint AS size_bytes
+    FROM workspace_entries WHERE workspace_id = $1"""
+FORGET_HISTORY: Final = "DELETE FROM workspace_history WHERE workspace_id = $1 RETURNING blob_hash"
 
 ENTRIES_AT: Final = f"SELECT {COLUMNS} FROM workspace_entries WHERE workspace_id = $1 AND path = ANY($2::text[])"  # noqa: S608
 ENTRIES_FROM: Final = f"""SELECT {COLUMNS} FROM workspace_entries
@@ -74,6 +96,10 @@ def entry_of(row: asyncpg.Record) -> FileEntry:
     )
 
 
+_KEEP_RECEIPT: Final = """INSERT INTO workspace_receipts (workspace_id, key, text) VALUES ($1, $2, $3)
+    ON CONFLICT DO NOTHING"""
+
+
 def below(path: str) -> tuple[str, str]:
     """Everything below a directory is greater than the first and less than the second, in the order of bytes."""
     return ("/", "0") if path == "/" else (f"{path}/", f"{path}0")
@@ -88,6 +114,7 @@ class WorkspaceChanges:
         self._org_id = org_id
         self._size_bytes: int = usage["size_bytes"]
         self._entry_count: int = usage["entry_count"]
+        self._known_since: datetime | None = usage["known_since"]
         self._freed: set[bytes] = set()
 
     @classmethod
@@ -101,8 +128,17 @@ class WorkspaceChanges:
         assert usage is not None
         changes = cls(connection, workspace, org_id, usage)
         yield changes
-        await connection.execute(WRITE_USAGE, workspace, changes._size_bytes, changes._entry_count)
+        forgotten = await connection.fetch(
+            WRITE_USAGE, workspace, changes._size_bytes, changes._entry_count, WORKSPACE_HISTORY_MAX_BYTES
+        )
+        changes._freed.update(row["blob_hash"] for row in forgotten)
         await workspace_blobs.release(connection, org_id, changes._freed)
+
+    async def keep_receipt(self, receipt: Receipt) -> None:
+        """Raises `ReceiptTaken`."""
+        kept = await self._connection.execute(_KEEP_RECEIPT, self._workspace, receipt.key, receipt.text)
+        if kept == "INSERT 0 0":
+            raise ReceiptTaken
 
     async def entry(self, path: str) -> asyncpg.Record | None:
         return (await self._at([path])).get(path)
@@ -138,7 +174,6 @@ class WorkspaceChanges:
             path=next(iter(files), "/"),
         )
         await workspace_blobs.store(self._connection, self._org_id, [file.content for file in files.values()])
-        self._freed.update(row["blob_hash"] for row in replaced)
         await self._insert([(path, None) for path in directories])
         rows = await self._insert(list(files.items()))
         return {row["path"]: entry_of(row) for row in rows}
@@ -179,14 +214,23 @@ class WorkspaceChanges:
         return len(there)
 
     async def delete_everything(self) -> None:
-        """Read-only files too: for when the workspace itself goes."""
+        """Read-only files too, and what they were before: for when the workspace itself goes."""
         await self._remove(await self._from("/"))
+        rows = await self._connection.fetch(FORGET_HISTORY, self._workspace)
+        self._freed.update(row["blob_hash"] for row in rows if row["blob_hash"] is not None)
+
+    async def restore(self, moment: datetime) -> None:
+        """Make everything what it was at a moment of the past, read-only files too. Raises `HistoryGone`."""
+        workspace_history.check_known(self._known_since, moment)
+        await workspace_history.restore(self._connection, self._workspace, moment)
+        counted = await self._connection.fetchrow(COUNT, self._workspace)
+        assert counted is not None
+        self._size_bytes, self._entry_count = counted["size_bytes"], counted["entries"]
 
     async def _remove(self, rows: Sequence[asyncpg.Record]) -> None:
         await self._connection.execute(DELETE, self._workspace, [row["path"] for row in rows])
         self._size_bytes -= sum(row["size_bytes"] for row in rows)
         self._entry_count -= len(rows)
-        self._freed.update(row["blob_hash"] for row in rows if row["blob_hash"] is not None)
 
     async def move(self, source: str, target: str) -> FileEntry:
         rows, directories = await self._transfer(source, target)

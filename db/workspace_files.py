@@ -26,6 +26,7 @@ from domain.workspace import (
     FileMissing,
     NewFile,
     NotThatKind,
+    Receipt,
     StoredFile,
     file_path,
     normal_path,
@@ -33,8 +34,8 @@ from domain.workspace import (
 )
 
 OF_SESSION: Final = """SELECT w.id, w.org_id, w.created_at, w.updated_at FROM workspaces w
-    JOIN sessions s ON s.workspace_id = w.id WHERE s.id = $1"""
-OF_WORKSPACE: Final = "SELECT id, org_id, created_at, updated_at FROM workspaces WHERE id = $1"
+    JOIN sessions s ON s.workspace_id = w.id WHERE s.id = $1 AND s.deleted_at IS NULL"""
+OF_WORKSPACE: Final = "SELECT id, org_id, created_at, updated_at FROM workspaces WHERE id = $1 AND status <> 'deleted'"
 
 STAT: Final = f"SELECT {COLUMNS} FROM workspace_entries WHERE workspace_id = $1 AND path = $2"  # noqa: S608
 LIST: Final = f"""SELECT {COLUMNS} FROM workspace_entries WHERE workspace_id = $1 AND path > $2 AND path < $3
@@ -46,6 +47,8 @@ READ: Final = """SELECT e.*, b.content, b.is_text FROM workspace_entries e
 READ_MANY: Final = """SELECT e.*, b.content FROM workspace_entries e
     JOIN workspace_blobs b ON b.org_id = e.org_id AND b.hash = e.blob_hash
     WHERE e.workspace_id = $1 AND e.path = ANY($2::text[]) ORDER BY e.path"""
+
+_RECEIPT: Final = "SELECT text FROM workspace_receipts WHERE workspace_id = $1 AND key = $2"
 
 
 class DatabaseFiles:
@@ -167,17 +170,28 @@ class DatabaseFiles:
         )
 
     async def apply(
-        self, written: Mapping[str, bytes], deleted: Sequence[str], *, expected: Mapping[str, str | None] | None = None
+        self,
+        written: Mapping[str, bytes],
+        deleted: Sequence[str],
+        *,
+        expected: Mapping[str, str | None] | None = None,
+        receipt: Receipt | None = None,
     ) -> list[FileEntry]:
         files = {file_path(path): NewFile(content=content) for path, content in written.items()}
         gone = [file_path(path) for path in deleted]
         async with self._changing() as changes:
+            if receipt is not None:
+                await changes.keep_receipt(receipt)
             await changes.check_hashes(
                 {file_path(path): content_hash for path, content_hash in (expected or {}).items()}
             )
             await changes.delete(gone, recursive=True)
             entries = await changes.put(files)
             return [entries[path] for path in files]
+
+    async def receipt(self, key: str) -> str | None:
+        async with self._reading() as (connection, workspace):
+            return await connection.fetchval(_RECEIPT, workspace["id"], key)
 
     @contextlib.asynccontextmanager
     async def _reading(self) -> AsyncIterator[tuple[asyncpg.Connection, asyncpg.Record]]:
@@ -189,13 +203,16 @@ class DatabaseFiles:
         async with self._pool.acquire() as connection, connection.transaction():
             workspace = await self._workspace(connection)  # type: ignore[arg-type]
             async with WorkspaceChanges.opened(connection, workspace["id"], workspace["org_id"]) as changes:  # type: ignore[arg-type]
+                # Once more, behind the lock: while we waited for it, everything may have been cleared away for good.
+                self._row = None
+                await self._workspace(connection)  # type: ignore[arg-type]
                 yield changes
 
     async def _workspace(self, connection: asyncpg.Connection) -> asyncpg.Record:
         if self._row is None:
             self._row = await connection.fetchrow(self._query, self._key)
             if self._row is None:
-                raise FileMissing("There is no such workspace")
+                raise FileMissing("There is no such workspace; it, or the session it belongs to, was deleted")
         return self._row
 
 

@@ -13,6 +13,7 @@ from typing import Final, Literal, TypeVar
 from msgspec import Struct
 
 from domain.messages import Controls
+from domain.network_patterns import intersect
 from domain.tools import ToolDefinition
 
 T = TypeVar("T")
@@ -46,6 +47,32 @@ class NetworkAccessList(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     allowed: list[str] | None = None
     blocked: list[str] | None = None
+
+
+class PinnedSkill(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A skill of the registry that a turn may activate. `id` is public (`skill_…`)."""
+
+    id: str
+    name: str
+    description: str
+    disable_model_invocation: bool = False
+
+
+class DeclaredCapability(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A capability that is a row (`declarative:…`, `skill:…`), as it was when the turn began; `ref` is what names it.
+
+    Its tools, MCP servers and files are in the configuration already. With `problem` it could not be used, and that is why.
+    """
+
+    ref: str
+    name: str = ""
+    description: str = ""
+    system_prompt: str | None = None
+    risk_level: Literal["low", "medium", "high"] = "low"
+    dependencies: list[str] = []
+    features: list[str] = []
+    skill: PinnedSkill | None = None
+    problem: str | None = None
 
 
 class ConfigLayer(Struct, frozen=True, kw_only=True):
@@ -85,6 +112,8 @@ class TurnConfig(Struct, frozen=True, kw_only=True, omit_defaults=True):
     parallel_tool_calls: bool | None = None
     locale: str | None = None
     hints: dict[str, object] = {}
+    declared: list[DeclaredCapability] = []
+    """What references to rows came to; pinned with the rest."""
 
 
 def controls_layer(controls: Controls | None) -> ConfigLayer:
@@ -146,6 +175,6 @@ def _fold_network(lists: Sequence[NetworkAccessList]) -> NetworkAccessList:
     blocked: dict[str, None] = {}
     for access in lists:
         if access.allowed:
-            allowed = access.allowed if allowed is None else [host for host in allowed if host in access.allowed]
+            allowed = access.allowed if allowed is None else intersect(allowed, access.allowed)
         blocked.update(dict.fromkeys(access.blocked or []))
     return NetworkAccessList(allowed=allowed, blocked=list(blocked) or None)

@@ -2,7 +2,9 @@
 
 The two differ in one thing. A client sees messages where they were posted. A model must see a steering message where it was
 first *read*, otherwise it would stand between a tool call and its result, or before an answer that did not know it. The
-receipts are the `input_message_ids` of `turn.started`, `reason.started` and `turn.cancelled`.
+receipts are the `input_message_ids` of `turn.started`, `reason.started` and `turn.cancelled`; where a session was forked or
+rewound, those of `session.forked` and `session.rewound`. What a rewind has hidden (`domain.rewinds`) is not among the events that
+the functions here are given.
 
 A prompt may also begin in the middle of the log, after a checkpoint (`domain.checkpoints`). It may be cut at `boundaries` only:
 events at which every call so far has its result, so that a call and its result are kept or dropped together by construction. What
@@ -26,6 +28,11 @@ SYNTHETIC: Final = "synthetic"
 
 UNMASKED_CHARACTERS: Final = 200
 """A mask is about half as long: shorter results stay as they are, and so does a mask that is masked again."""
+
+REWOUND_RESULT: Final = (
+    "The conversation was taken back to a moment before this call had returned. Whether it took effect is unknown; "
+    "check before you repeat it."
+)
 
 _input = msgspec.json.Decoder(InputMessage)
 _output = msgspec.json.Decoder(OutputMessageCompleted)
@@ -171,9 +178,9 @@ def conversation_of(
                         slots.append(message)
                 else:
                     unread[message.id] = event.sequence, message
-            case "turn.started" | "reason.started" | "turn.cancelled":
+            case "turn.started" | "reason.started" | "turn.cancelled" | "session.forked" | "session.rewound":
                 opens_turn = event.type == "turn.started"
-                if slots and not open_calls and event.type != "turn.cancelled":
+                if slots and not open_calls and event.type in ("turn.started", "reason.started"):
                     carried = tuple(sequence for sequence, _ in unread.values())
                     boundaries.append(_Slot(len(slots), event.sequence, opens_turn, carried))
                 read = [unread.pop(key)[1] for key in _receipt.decode(event.data).input_message_ids if key in unread]
@@ -181,6 +188,12 @@ def conversation_of(
                 slots.extend(read)
                 if opens_turn:
                     opening = read
+                if event.type == "session.rewound":
+                    # Their results are hidden: the conversation went back to a moment before they were there.
+                    for call_id in open_calls:
+                        results[call_id] = _rewound_result(call_id, event)
+                        places[call_id] = event.sequence
+                    open_calls.clear()
             case "output.message.completed":
                 started = True
                 message = _output.decode(event.data).message
@@ -247,6 +260,15 @@ def _missing_result(call: ToolCallPart) -> Message:
         role=Role.TOOL_RESULT,
         content=[ToolResultPart(tool_call_id=call.id, error="The status of this call is unknown. Do not repeat it.")],
         created_at="",
+    )
+
+
+def _rewound_result(call_id: str, event: StoredEvent) -> Message:
+    return Message(
+        id="",
+        role=Role.TOOL_RESULT,
+        content=[ToolResultPart(tool_call_id=call_id, error=REWOUND_RESULT)],
+        created_at=timestamp(event.ts),
     )
 
 

@@ -22,12 +22,17 @@
         Archived                       409 archived
         NotWaitingForToolResults       409 not_waiting_for_tool_results
         NotWaitingForAnswers           409 not_waiting_for_answers
+        NotWaitingForApprovals         409 not_waiting_for_approvals
         ResourceLimit                  409 resource_limit
+        SessionBusy                    409 session_busy
+        HistoryGone                    409 history_gone
         KeyRefused                     409 key_refused
       PayloadTooLarge                  413 payload_too_large
       UnsupportedMediaType             415 unsupported_media_type
+      DatabaseLimit                    422 database_limit
       TooManyStreams                   429 sse_limit
       ProviderUnavailable              502 provider_unavailable
+      McpServerUnavailable             502 mcp_server_unavailable
       DependencyUnavailable            503 dependency_unavailable
       EncryptionNotConfigured          503 encryption_not_configured
 
@@ -184,10 +189,28 @@ class NotWaitingForAnswers(Conflict):
     code = "not_waiting_for_answers"
 
 
+class NotWaitingForApprovals(Conflict):
+    """No tool call of this session is waiting for a decision"""
+
+    code = "not_waiting_for_approvals"
+
+
 class ResourceLimit(Conflict):
     """The organization's limit for this resource is reached"""
 
     code = "resource_limit"
+
+
+class SessionBusy(Conflict):
+    """The session is at work; wait for the end of the turn, or cancel it"""
+
+    code = "session_busy"
+
+
+class HistoryGone(Conflict):
+    """What files and values were at that event is not known any more; `files: false` does without"""
+
+    code = "history_gone"
 
 
 class KeyRefused(Conflict):
@@ -210,6 +233,20 @@ class UnsupportedMediaType(EverrunsError):
     status = 415
 
 
+class DatabaseLimit(EverrunsError):
+    """The session has as many databases as it may have"""
+
+    code = "database_limit"
+    status = 422
+
+
+class InvalidSkill(EverrunsError):
+    """The skill is not valid"""
+
+    code = "invalid_skill"
+    status = 422
+
+
 class TooManyStreams(EverrunsError):
     """SSE connection limit reached"""
 
@@ -221,6 +258,13 @@ class ProviderUnavailable(EverrunsError):
     """The AI provider could not be asked; try again shortly"""
 
     code = "provider_unavailable"
+    status = 502
+
+
+class McpServerUnavailable(EverrunsError):
+    """The MCP server could not be asked"""
+
+    code = "mcp_server_unavailable"
     status = 502
 
 

@@ -19,6 +19,7 @@ from msgspec import Struct
 
 from domain.messages import ContentPart, Message, Phase
 from domain.questions import QuestionSet
+from domain.tasks import SessionTask, TaskMessage
 from domain.tools import ToolCall, ToolCallSummary
 
 EVENT_TYPES: Final[dict[str, str]] = {
@@ -45,17 +46,22 @@ EVENT_TYPES: Final[dict[str, str]] = {
     "tool.completed": "A tool call ended; exactly one per call id.",
     "tool.progress": "A running tool reported progress.",
     "tool.output.delta": "A running tool produced output.",
-    "tool.call_requested": "Client-side tools are to be run by the client; the turn waits for their results.",
-    "tool.call_repaired": "Malformed tool arguments were repaired.",
+    "tool.call_requested": "The turn waits: for results of client-side tools, for answers, or for leave to run calls.",
+    "tool.approval_resolved": "A person allowed or rejected a tool call.",
+    "tool.call_repaired": "Malformed tool arguments were repaired, or could not be.",
+    "guardrail.triggered": "A guardrail found something; whether it blocked says `action`.",
     "tool.hosted_call": "A tool ran at the provider.",
     "transcript.repaired": "A tool call left open by a crash or a cancel got a result.",
     "capability.usage": "Which capabilities a turn used.",
+    "capability.skipped": "References to capabilities that came to nothing; the turn goes on without them.",
     "llm.generation": "One call of a model: request, output, usage and timing.",
     "session.started": "The session was created.",
     "session.activated": "The session went to work.",
     "session.idled": "The session rests; carries the cumulative usage.",
     "session.title.updated": "The session's title changed.",
     "session.model.changed": "The model that was asked for explicitly changed.",
+    "session.forked": "The session begins here, with a copy of another session's history.",
+    "session.rewound": "The conversation went back to what it was at an earlier event.",
     "schedule.triggered": "A schedule fired.",
     "task.created": "A background task was created.",
     "task.updated": "A background task changed.",
@@ -84,7 +90,7 @@ EVENT_TYPES: Final[dict[str, str]] = {
 EPHEMERAL_TYPES: Final = frozenset({"output.message.delta", "reason.thinking.delta", "tool.output.delta"})
 """Superseded by a later event that carries the whole; never needed to rebuild a conversation."""
 
-RECEIPT_TYPES: Final = ("turn.started", "reason.started", "turn.cancelled")
+RECEIPT_TYPES: Final = ("turn.started", "reason.started", "turn.cancelled", "session.forked", "session.rewound")
 """Their `input_message_ids` say where each message was read, exactly once."""
 
 CONVERSATION_TYPES: Final = ("input.message", "output.message.completed", "tool.completed", *RECEIPT_TYPES)
@@ -169,6 +175,42 @@ class OutputMessageDelta(EventPayload, frozen=True, kw_only=True):
     message_id: str
     delta: str
     offset: int
+
+
+class OutputMessageReplaced(EventPayload, frozen=True, kw_only=True):
+    """The text streamed of this message is void. What the model wrote is stored nowhere as a whole."""
+
+    event_type = "output.message.replaced"
+    turn_id: str
+    message_id: str
+    guardrail_capability_id: str
+    guardrail_id: str
+    reason_code: str
+    replacement: str
+
+
+class GuardrailTriggered(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
+    """Never with the text that was found."""
+
+    event_type = "guardrail.triggered"
+    turn_id: str
+    capability_id: str
+    check_id: str
+    stage: Literal["output", "tool_use", "tool_output"]
+    action: Literal["block", "log"]
+    reason_code: str
+    message_id: str | None = None
+    tool_call_id: str | None = None
+
+
+class ToolCallRepaired(EventPayload, frozen=True, kw_only=True):
+    """`re-prompt`: the model reads what is wrong and may call again; `gave-up`: it has read that too often in this turn."""
+
+    event_type = "tool.call_repaired"
+    turn_id: str
+    tool_call_id: str
+    tool_name: str
+    outcome: Literal["local-salvage", "re-prompt", "gave-up"]
 
 
 class OutputMessageCompleted(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
@@ -363,12 +405,33 @@ class ToolOutputDelta(EventPayload, frozen=True, kw_only=True):
     stream: str
 
 
+class WaitingCall(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A call that waits for a person. `kind` is `approval` or `elicitation`; `request` is what the person is to know."""
+
+    tool_call: ToolCall
+    kind: str
+    request: dict[str, object]
+    display_name: str | None = None
+
+
 class ToolCallRequested(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
+    """`tool_calls` are for the client to run; `waiting` are ours to run, once a person has answered."""
+
     event_type = "tool.call_requested"
     tool_calls: list[ToolCall]
     tool_summaries: list[ToolCallSummary] | None = None
     headline: str | None = None
     questions: list[QuestionSet] | None = None
+    waiting: list[WaitingCall] | None = None
+
+
+class ToolApprovalResolved(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
+    event_type = "tool.approval_resolved"
+    tool_call_id: str
+    tool_name: str
+    decision: Literal["allow", "reject", "allow_always", "reject_always"]
+    outcome: Literal["allowed", "rejected"]
+    reason: str | None = None
 
 
 class TranscriptRepaired(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
@@ -378,12 +441,100 @@ class TranscriptRepaired(EventPayload, frozen=True, kw_only=True, omit_defaults=
     tool_name: str | None = None
 
 
+class SkippedCapability(Struct, frozen=True, kw_only=True):
+    """A reference, and why it came to nothing."""
+
+    ref: str
+    reason: str
+
+
+class CapabilitySkipped(EventPayload, frozen=True, kw_only=True):
+    """Once per turn, before its first model call."""
+
+    event_type = "capability.skipped"
+    turn_id: str
+    refs: list[SkippedCapability]
+
+
 class FileWritten(EventPayload, frozen=True, kw_only=True):
     event_type = "file.written"
     path: str
     operation: Literal["create", "update"]
     size_bytes: int
     created: bool
+
+
+class TaskCreated(EventPayload, frozen=True, kw_only=True):
+    event_type = "task.created"
+    task: SessionTask
+
+
+class TaskUpdated(EventPayload, frozen=True, kw_only=True):
+    event_type = "task.updated"
+    task: SessionTask
+
+
+class TaskMessageSent(EventPayload, frozen=True, kw_only=True):
+    event_type = "task.message.sent"
+    task_id: str
+    message: TaskMessage
+
+
+class TaskMessageReceived(EventPayload, frozen=True, kw_only=True):
+    event_type = "task.message.received"
+    task_id: str
+    message: TaskMessage
+
+
+class ScheduleTriggered(EventPayload, frozen=True, kw_only=True):
+    """A schedule has put its message, `message_id`, into the session. `scheduled_at` is the time it was due, RFC 3339."""
+
+    event_type = "schedule.triggered"
+    schedule_id: str
+    message_id: str
+    scheduled_at: str
+
+
+class BudgetWarning(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
+    """Amounts are in `currency`; `message` is for people. The same of all budget events."""
+
+    event_type = "budget.warning"
+    budget_id: str
+    currency: str
+    limit: float
+    balance: float
+    soft_limit: float | None = None
+    message: str | None = None
+
+
+class BudgetPaused(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
+    event_type = "budget.paused"
+    budget_id: str
+    currency: str
+    limit: float
+    balance: float
+    soft_limit: float | None = None
+    message: str | None = None
+
+
+class BudgetExhausted(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
+    event_type = "budget.exhausted"
+    budget_id: str
+    currency: str
+    limit: float
+    balance: float
+    soft_limit: float | None = None
+    message: str | None = None
+
+
+class BudgetResumed(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
+    event_type = "budget.resumed"
+    budget_id: str
+    currency: str
+    limit: float
+    balance: float
+    soft_limit: float | None = None
+    message: str | None = None
 
 
 class GenerationOutput(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -496,6 +647,26 @@ class SessionModelChanged(EventPayload, frozen=True, kw_only=True, omit_defaults
     model_name: str
     previous_model_id: str | None = None
     previous_model_name: str | None = None
+
+
+class SessionForked(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
+    """Everything before it is a copy, up to `source_sequence`, or ends the turn that ran there. `input_message_ids` are messages
+    nobody had read by then; they become history."""
+
+    event_type = "session.forked"
+    source_session_id: str
+    source_sequence: int
+    input_message_ids: list[str] | None = None
+
+
+class SessionRewound(EventPayload, frozen=True, kw_only=True, omit_defaults=True):
+    """What lies between event `to_sequence` and this one is not part of the conversation any more. `files` tells whether files
+    and values are what they were then. `input_message_ids` are messages nobody had read by then; they become history."""
+
+    event_type = "session.rewound"
+    to_sequence: int
+    files: bool
+    input_message_ids: list[str] | None = None
 
 
 CompactionReason = Literal["proactive_budget", "request_too_large", "manual"]

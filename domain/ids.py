@@ -35,7 +35,16 @@ class Prefix(StrEnum):
     MODEL = "model"
     PRINCIPAL = "principal"
     WORKSPACE = "wsp"
+    MEMORY = "mem"
     USER = "user"
+    MCP = "mcp"
+    BUDGET = "bdgt"
+    LEDGER_ENTRY = "ledger"
+    SCHEDULE = "sched"
+    TASK = "task"
+    TASK_MESSAGE = "tmsg"
+    SKILL = "skill"
+    CAPABILITY = "cap"
 
 
 DEFAULT_ORG_ID: Final = 1

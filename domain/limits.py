@@ -11,9 +11,10 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from domain.config import CapabilityRef, InitialFile
+from domain.config import CapabilityRef, InitialFile, NetworkAccessList
 from domain.errors import InputTooLarge, InvalidInput, MalformedId
 from domain.ids import Prefix, parse_id
+from domain.network_patterns import MAX_PATTERNS, problem_of
 from domain.tools import ClientSideTool
 from domain.workspace import PATH_MAX_BYTES, BadPath, file_path, parents, shown
 
@@ -41,6 +42,8 @@ FILE_MAX_BYTES: Final = 10 * 1024 * 1024
 FILE_BODY_MAX_BYTES: Final = 21 * 1024 * 1024
 """A file at its limit in base64, or as text of which every character is escaped."""
 WORKSPACE_MAX_BYTES: Final = 100 * 1024 * 1024
+WORKSPACE_HISTORY_MAX_BYTES: Final = 256 * 1024 * 1024
+"""Replaced and deleted files of one workspace that are kept, to go back to; 1 KiB more for each of them."""
 WORKSPACE_MAX_ENTRIES: Final = 10_000
 """Files and directories of one workspace: listings and searches look at all of them."""
 GREP_PATTERN_MAX_BYTES: Final = 1000
@@ -54,6 +57,10 @@ MAX_AGENTS_PER_ORG: Final = 500
 MAX_SESSIONS_PER_ORG: Final = 10_000
 MAX_PROVIDERS_PER_ORG: Final = 100
 MAX_WORKSPACES_PER_ORG: Final = 1_000
+MAX_MEMORIES_PER_ORG: Final = 1_000
+MAX_CONNECTIONS_PER_USER: Final = 100
+MAX_SKILLS_PER_ORG: Final = 500
+MAX_DECLARATIVE_CAPABILITIES_PER_ORG: Final = 500
 """Rows that are not deleted. Counted without a lock: requests that race may overshoot by their number, which harms nobody."""
 
 VALUE_KEY_MAX_CHARACTERS: Final = 255
@@ -65,6 +72,11 @@ MAX_VALUES_PER_SESSION: Final = 1_000
 SECRET_NAME_MAX_CHARACTERS: Final = 128
 SECRET_MAX_BYTES: Final = 16 * 1024
 MAX_SECRETS_PER_SESSION: Final = 100
+
+DATABASE_NAME_MAX_CHARACTERS: Final = 64
+DATABASE_MAX_BYTES: Final = 16 * 1024 * 1024
+"""One SQLite database of a session: every call reads it whole, and one that writes stores it whole."""
+MAX_DATABASES_PER_SESSION: Final = 10
 
 MAX_SEARCH_TOKENS: Final = 8
 
@@ -122,6 +134,15 @@ def check_tags(tags: Sequence[str]) -> None:
 def check_capability_refs(refs: Sequence[CapabilityRef]) -> None:
     """Sizes only: which capabilities exist is the registry's knowledge."""
     check_count(refs, "capabilities", MAX_CAPABILITIES)
+
+
+def check_network_access(access: NetworkAccessList, field: str = "network_access") -> None:
+    for name, patterns in (("allowed", access.allowed), ("blocked", access.blocked)):
+        check_count(patterns or [], f"{field}.{name}", MAX_PATTERNS)
+        for index, pattern in enumerate(patterns or []):
+            if (problem := problem_of(pattern)) is not None:
+                place = f"{field}.{name}[{index}]"
+                raise InvalidInput(f"{place}: the pattern {problem}", field=place)
 
 
 def check_fallback_models(model_ids: Sequence[str]) -> None:

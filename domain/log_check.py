@@ -25,6 +25,7 @@ from domain.events import (
     InputMessage,
     OutputMessageCompleted,
     OutputMessageDelta,
+    OutputMessageReplaced,
     OutputMessageStarted,
     ReasonCompleted,
     ReasonRecovered,
@@ -32,7 +33,9 @@ from domain.events import (
     ReasonThinkingCompleted,
     ReasonThinkingDelta,
     SessionActivated,
+    SessionForked,
     SessionIdled,
+    SessionRewound,
     StoredEvent,
     ToolCallRequested,
     ToolCompleted,
@@ -47,6 +50,7 @@ from domain.events import (
     payload_types,
 )
 from domain.messages import Message, Role, ToolResultPart
+from domain.rewinds import Rewind, hidden_ranges, is_hidden
 
 REBUILT_PROMPTS: Final = 200
 """Prompts rebuilt per log, spread evenly: each reads the log from its beginning, which is quadratic in a long session."""
@@ -163,24 +167,41 @@ def payloads_are_readable(log: Log) -> Iterator[Problem]:
 
 
 def messages_are_read_once(log: Log) -> Iterator[Problem]:
-    """Each posted message has exactly one receipt, not before it was posted; no receipt names anything else."""
+    """Each posted message has exactly one receipt, not before it was posted; no receipt names anything else.
+
+    After a rewind, what was posted or read in the part that is hidden counts no more, until another rewind brings it back.
+    """
     posted: dict[str, int] = {}
-    read: set[str] = set()
+    read: dict[str, set[int]] = {}
+    rewinds: list[Rewind] = []
     for entry in log.entries:
         match entry.data:
             case InputMessage(message=message) if not _synthetic(message):
                 posted[message.id] = entry.sequence
-            case TurnStarted() | ReasonStarted() | TurnCancelled():
+            case TurnStarted() | ReasonStarted() | TurnCancelled() | SessionForked() | SessionRewound():
+                if isinstance(entry.data, SessionRewound):
+                    rewinds.append((entry.sequence, entry.data.to_sequence))
+                hidden = hidden_ranges(rewinds, entry.sequence)
                 for message_id in entry.data.input_message_ids or ():
-                    if message_id not in posted:
+                    if message_id not in posted or is_hidden(hidden, posted[message_id]):
                         yield entry.sequence, f"{message_id} is read before it was posted"
-                    elif message_id in read:
+                    elif any(not is_hidden(hidden, place) for place in read.get(message_id, ())):
                         yield entry.sequence, f"{message_id} is read twice"
-                    read.add(message_id)
+                    read.setdefault(message_id, set()).add(entry.sequence)
             case _:
                 pass
-    if log.finished:
-        yield from ((place, f"{key} was never read") for key, place in posted.items() if key not in read)
+    if log.finished and log.entries:
+        hidden = hidden_ranges(rewinds, log.entries[-1].sequence)
+        for key, place in posted.items():
+            if not is_hidden(hidden, place) and all(is_hidden(hidden, one) for one in read.get(key, ())):
+                yield place, f"{key} was never read"
+
+
+def rewinds_go_back(log: Log) -> Iterator[Problem]:
+    """A rewind names an earlier event."""
+    for entry in log.entries:
+        if isinstance(entry.data, SessionRewound) and not 1 <= entry.data.to_sequence < entry.sequence:
+            yield entry.sequence, f"goes to {entry.data.to_sequence}"
 
 
 # --- turns ------------------------------------------------------------------------------------------------------------
@@ -321,9 +342,14 @@ def prompts_are_legal(log: Log) -> Iterator[Problem]:
     """At each reason step: every call before it answered, every answer after its call, every message read so far in it."""
     told = [entry.event for entry in log.entries if entry.event.type in CONVERSATION_TYPES and not entry.unreadable]
     steps = [place for place, event in enumerate(told) if event.type == "reason.started"]
+    rewinds = [
+        (entry.sequence, entry.data.to_sequence) for entry in log.entries if isinstance(entry.data, SessionRewound)
+    ]
     stride = max(1, -(-len(steps) // REBUILT_PROMPTS))
     for place in steps[::-stride]:
-        prompt = conversation_of(told[: place + 1]).messages
+        hidden = hidden_ranges(rewinds, told[place].sequence)
+        seen = [event for event in told[: place + 1] if not is_hidden(hidden, event.sequence)]
+        prompt = conversation_of(seen).messages
         yield from ((told[place].sequence, problem) for problem in _illegal(prompt))
 
 
@@ -390,9 +416,9 @@ def deltas_stay_inside_their_message(log: Log) -> Iterator[Problem]:
 def deltas_add_up(log: Log) -> Iterator[Problem]:
     """Deltas leave no gap, begin anew only after a `reason.recovered` with mode `restart`, and add up to the completed text.
 
-    With mode `finalize` the text is whole: nothing may follow it.
+    With mode `finalize` the text is whole: nothing may follow it. Of a replaced message the replacement is the whole text.
 
-    Exempt are messages whose text was given up: replaced ones, and those that end as an apology.
+    Exempt are messages whose text was given up: those that end as an apology.
     """
     texts: dict[str, str] = {}
     void: set[str] = set()
@@ -419,8 +445,9 @@ def deltas_add_up(log: Log) -> Iterator[Problem]:
                 # A text that is void but was not begun anew when its turn was stopped is kept: it is what clients have seen.
                 if message.text != text and not (message.id in void and not message.text):
                     yield entry.sequence, f"{message.id} holds {message.text[:80]!r}, its deltas {text[:80]!r}"
-            case None if entry.event.type == "output.message.replaced":
-                texts.pop(_Replaced.decode(entry.event.data).message_id, None)
+            case OutputMessageReplaced(message_id=message_id, replacement=replacement):
+                texts[message_id] = replacement
+                whole.add(message_id)
             case _:
                 pass
 
@@ -559,13 +586,6 @@ def batches_pair(log: Log) -> Iterator[Problem]:
         yield from ((batch.sequence, f"{step} never completed") for step, batch in open_batches.items())
 
 
-class _Replacement(Struct, frozen=True):
-    message_id: str = ""
-
-
-_Replaced = msgspec.json.Decoder(_Replacement)
-
-
 def _synthetic(message: Message) -> bool:
     return bool(message.metadata and message.metadata.get(SYNTHETIC))
 
@@ -576,6 +596,7 @@ RULES: Final[tuple[Rule, ...]] = (
     timestamps_never_go_back,
     payloads_are_readable,
     messages_are_read_once,
+    rewinds_go_back,
     turns_do_not_overlap,
     turns_end_once,
     nothing_follows_a_turns_end,

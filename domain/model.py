@@ -106,10 +106,12 @@ class ToolCallReady(Struct, frozen=True):
     """A complete tool call: arguments are only useful whole. `id` is the provider's.
 
     `problem` says what was wrong with arguments that could not be read; they are empty then, and the call gets this as its error.
+    `raw` is what the model wrote instead.
     """
 
     call: ToolCall
     problem: str | None = None
+    raw: str | None = None
 
 
 class Alive(Struct, frozen=True):
@@ -226,6 +228,7 @@ USER_ERROR_CODES: dict[str, str] = {
     **dict(USER_ERRORS.values()),
     "processing_error": _GENERIC,
     "max_iterations": "The turn reached its iteration limit.",
+    "budget_exhausted": "The budget for this conversation is used up. It has to be topped up, or its limit raised, to go on.",
 }
 
 

@@ -27,6 +27,7 @@ from domain.limits import (
     check_initial_files,
     check_locale,
     check_name,
+    check_network_access,
     check_tags,
     check_text,
     check_tools,
@@ -124,6 +125,8 @@ class Session(Struct, frozen=True, kw_only=True, omit_defaults=True):
     agent_id: str | None = None
     agent_identity_id: str | None = None
     parent_session_id: str | None = None
+    forked_from_session_id: str | None = None
+    forked_from_sequence: int | None = None
     title: str | None = None
     preview: str | None = None
     output_preview: str | None = None
@@ -135,6 +138,7 @@ class Session(Struct, frozen=True, kw_only=True, omit_defaults=True):
     hints: dict[str, object] | None = None
     max_iterations: int | None = None
     parallel_tool_calls: bool | None = None
+    active_schedule_count: int | None = None
     started_at: str | None = None
     finished_at: str | None = None
 
@@ -286,6 +290,8 @@ class LayerChanges(Struct, frozen=True, kw_only=True):
             check_initial_files(self.initial_files)
         if self.tags is not UNSET:
             check_tags(self.tags)
+        if isinstance(self.network_access, NetworkAccessList):
+            check_network_access(self.network_access)
 
 
 class NamedChanges(LayerChanges, frozen=True, kw_only=True):

@@ -12,15 +12,22 @@ from typing import Final, Literal, Protocol
 
 from msgspec import Struct
 
+from domain.budgets import Budget
+from domain.capabilities import GuardrailHit, NeedsApproval, OutputReplacement, Resumption
 from domain.checkpoints import Checkpoint
 from domain.config import TurnConfig
 from domain.conversation import Conversation
 from domain.events import EventPayload, GenerationCompaction, NewEvent, TokenUsage
+from domain.memory_access import OpenMemory
 from domain.messages import ContentPart, Controls, Delivery, InputPart, Message, Phase
 from domain.model import FinishReason, ModelEndpoint, ModelErrorKind, ProviderState, ReasoningItem, ResumePoint
 from domain.model_profiles import ModelProfile
+from domain.schedules import SessionSchedules
+from domain.session_databases import SessionDatabases
 from domain.session_info import SessionInfo
+from domain.session_past import SessionPast
 from domain.session_storage import SessionStorage
+from domain.tasks import SessionTasks
 from domain.tools import SideEffect, ToolCall, ToolDefinition
 from domain.workspace import WorkspaceFiles
 
@@ -52,6 +59,10 @@ class ReasonNext(StrEnum):
     """Only client-side tools were called: wait for their results."""
     NOTHING = "nothing"
     """No unread message: there is no turn to run."""
+    PAUSED = "paused"
+    """A budget pauses the turn, or lets none begin: the run ends, and a later one goes on."""
+    TAKE_UP = "take_up"
+    """A paused turn goes on: `turn_id` is its name, `iteration` its last one."""
 
 
 class ReasonResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -68,6 +79,18 @@ class ReasonResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     ended_at: int | None = None
     """With `done`: the last sequence of the turn."""
 
+    wait_seconds: float | None = None
+    """How long to wait for `client_calls`, when it is not what is usual."""
+
+    resumed: bool = False
+    """No model was called: `calls` are of an earlier answer, and have got what they were waiting for."""
+
+    turn_id: str | None = None
+    iteration: int = 0
+
+    ending: TurnEnding | None = None
+    """With `done`: how the turn ended, if not with an answer."""
+
 
 class ActInput(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`idempotency_key` is the same for every attempt of the call."""
@@ -81,7 +104,12 @@ class ActInput(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 class ActResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
     waiting: bool = False
-    """This was the last server-side call of the batch, and client-side calls are open."""
+    """This was the last server-side call of the batch that can run now, and others wait for a client or a person."""
+
+    waits: list[str] = []
+    """With `waiting`: what the turn waits for, when that is not just what the reason step has named."""
+
+    wait_seconds: float | None = None
 
 
 class TurnEnding(StrEnum):
@@ -213,6 +241,8 @@ class ArrivedAnswer(Struct, frozen=True, kw_only=True):
     dropped_options: list[str] = []
     compaction: GenerationCompaction | None = None
     """What was done to the context for this call."""
+    replacement: OutputReplacement | None = None
+    """Set when a guardrail has ended the answer: this is its text, and what is in the log of the model's own is void."""
 
 
 class GenerationNote(Struct, frozen=True, kw_only=True):
@@ -256,6 +286,9 @@ class ReasonBriefing(Struct, frozen=True, kw_only=True):
     """Whether a provider's own compaction could be stored: it takes a key to encrypt it with."""
 
 
+RepairOutcome = Literal["local-salvage", "re-prompt", "gave-up"]
+
+
 class PlannedCall(Struct, frozen=True, kw_only=True):
     """A tool call the model asked for, with what the ledger must know about its tool.
 
@@ -269,6 +302,10 @@ class PlannedCall(Struct, frozen=True, kw_only=True):
     concurrency_class: str | None = None
     display_name: str | None = None
     problem: str | None = None
+    approval: NeedsApproval | None = None
+    hits: tuple[GuardrailHit, ...] = ()
+    repair: RepairOutcome | None = None
+    """Set when its arguments were malformed."""
 
 
 class ReasonOutcome(Struct, frozen=True, kw_only=True):
@@ -311,6 +348,7 @@ class ToolClaim(Struct, frozen=True, kw_only=True):
     side_effect: SideEffect
     timezone: str | None = None
     problem: str | None = None
+    resumed: Resumption | None = None
 
 
 class ToolSettlement(Struct, frozen=True, kw_only=True):
@@ -322,6 +360,15 @@ class ToolSettlement(Struct, frozen=True, kw_only=True):
     duration_ms: int | None = None
     capability_id: str | None = None
     capability_name: str | None = None
+    hits: tuple[GuardrailHit, ...] = ()
+
+
+class CallWait(Struct, frozen=True, kw_only=True):
+    """A call that cannot go on without a person (`domain.capabilities.ToolWaits`)."""
+
+    kind: str
+    request: dict[str, object]
+    state: dict[str, object]
 
 
 class SessionResources(Protocol):
@@ -331,11 +378,23 @@ class SessionResources(Protocol):
 
     def storage(self, session_id: str) -> SessionStorage: ...
 
+    def databases(self, session_id: str) -> SessionDatabases: ...
+
+    def schedules(self, session_id: str) -> SessionSchedules: ...
+
+    def tasks(self, session_id: str) -> SessionTasks: ...
+
+    def past(self, session_id: str) -> SessionPast: ...
+
+    async def memory(self, session_id: str, id_or_name: str) -> OpenMemory | None: ...
+
     async def session_info(self, session_id: str) -> SessionInfo:
         """Raises `SessionGone`, as `set_title` does."""
         ...
 
     async def set_title(self, session_id: str, title: str) -> None: ...
+
+    async def budgets(self, session_id: str) -> Sequence[Budget]: ...
 
 
 class TurnState(Protocol):
@@ -368,6 +427,14 @@ class TurnState(Protocol):
         ...
 
     async def settle_call(self, ref: StepRef, call_id: str, settlement: ToolSettlement) -> ActResult: ...
+
+    async def release_call(self, ref: StepRef, call_id: str) -> None:
+        """Note that this attempt of a call ends on purpose, so that it does not count as a lost one."""
+        ...
+
+    async def suspend_call(self, ref: StepRef, call_id: str, wait: CallWait) -> ActResult:
+        """Put a running call to rest until a person has answered; it is claimed anew then."""
+        ...
 
     async def finish(self, input: FinishInput) -> FinishResult: ...
 

@@ -63,6 +63,17 @@ class StoredFile(Struct, frozen=True, kw_only=True):
     encoding: Encoding
 
 
+class Receipt(Struct, frozen=True, kw_only=True):
+    """Proof that changes were made, for whoever retries them: `key` is theirs in this workspace, `text` is kept for them."""
+
+    key: str
+    text: str
+
+
+class ReceiptTaken(Exception):
+    """The changes of this receipt were made before"""
+
+
 class FileProblem(Exception):
     """A file operation that cannot be done; the text names the path and says what to do, and is fit for a model to read."""
 
@@ -238,11 +249,22 @@ class WorkspaceFiles(Protocol):
         ...
 
     async def apply(
-        self, written: Mapping[str, bytes], deleted: Sequence[str], *, expected: Mapping[str, str | None] | None = None
+        self,
+        written: Mapping[str, bytes],
+        deleted: Sequence[str],
+        *,
+        expected: Mapping[str, str | None] | None = None,
+        receipt: Receipt | None = None,
     ) -> list[FileEntry]:
         """Many changes at once or none; what a shell left behind. Returns the entries that were written.
+
+        With a `receipt` the changes are made once: it is stored with them, and refused (`ReceiptTaken`) when it is there already.
 
         Deletes first, directories with what is in them; what is not there any more is no problem. `expected` holds the hashes
         that files must have for that, with None for what must not be there; otherwise `FileConflict`.
         """
+        ...
+
+    async def receipt(self, key: str) -> str | None:
+        """The text of a receipt that was stored with changes; None when they were not made."""
         ...

@@ -675,6 +675,26 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             meaning="Hosts, as `host` or `host:port`, that `web_fetch` may reach although their addresses are private.",
         ),
     ]
+    mcp_allow_private_hosts: Annotated[
+        tuple[str, ...],
+        About(
+            name="MCP_ALLOW_PRIVATE_HOSTS",
+            group="Worker",
+            kind=OPENED_HOSTS,
+            default="",
+            meaning="Hosts, as `host` or `host:port`, that MCP servers may be at although their addresses are private.",
+        ),
+    ]
+    mcp_allow_stdio: Annotated[
+        bool,
+        About(
+            name="MCP_ALLOW_STDIO",
+            group="Worker",
+            kind=BOOLEAN,
+            default="false",
+            meaning="Let `mcpServers` of type `stdio` run programs on the worker's machine; only in grade `dev`.",
+        ),
+    ]
     log_level: Annotated[
         LogLevel,
         About(
@@ -856,6 +876,12 @@ def _contradictions(values: Values, sources: Mapping[str, Source]) -> Iterator[s
         yield (
             f"AUTH_MODE: 'none' makes every caller an anonymous admin and is refused in grade '{grade}'; for local "
             "development set DEPLOYMENT_GRADE=dev, or DEV_MODE=true without DEPLOYMENT_GRADE"
+        )
+
+    if values.get("mcp_allow_stdio") is True and grade is not None and grade != "dev":
+        yield (
+            f"MCP_ALLOW_STDIO: 'true' lets every caller of the API run programs on the workers and is refused in grade "
+            f"'{grade}'; expected 'false'"
         )
 
     yield from _contradicting_keys(values)

@@ -26,6 +26,8 @@ PATTERN_MEMORY_BYTES: Final = 8 * 1024 * 1024
 class Match(Protocol):
     def start(self) -> int: ...
 
+    def end(self) -> int: ...
+
 
 class Pattern(Protocol):
     """What is used of a compiled expression."""

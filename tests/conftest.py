@@ -7,7 +7,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 from uuid import uuid4
 
 import asyncpg
@@ -17,6 +17,8 @@ import uvicorn
 from litestar import Litestar
 
 from activities.capabilities.registry import builtin_registry
+from activities.mcp.authorization import McpAuthorization
+from activities.mcp.source import McpSource
 from api.app import create_app
 from api.background import BackgroundTasks
 from api.services import Services
@@ -24,9 +26,13 @@ from api.streams import StreamHub, StreamLimits, StreamTiming
 from cli.engine import check_message_metadata, check_model_options, discover_models
 from db.database import Database
 from db.event_log import EventLog
+from db.mcp_directory import DatabaseDirectory
 from db.messages import MessageStore
 from db.model_choice import ModelChooser
 from db.providers import endpoint_of
+from db.schedules import ScheduleStore
+from db.scheduling import Scheduling
+from db.session_tasks import TaskStore
 from db.turn_store import TurnStore
 from domain.events import StoredEvent
 from domain.messages import Delivery
@@ -36,6 +42,7 @@ from infra.embedded_postgres import EmbeddedPostgres
 from infra.encryption import Keyring, generate_key
 from infra.event_bus import EventBus
 from infra.settings import Settings, load_settings
+from tests.fakes.schedule_clock import FakeClock
 
 TEMPLATE = "everruns_template"
 POOL_SIZE = 5
@@ -126,6 +133,11 @@ def turns() -> RecordingTurns:
 
 
 @pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
 def publisher() -> RecordingPublisher:
     return RecordingPublisher()
 
@@ -142,6 +154,7 @@ def services(
     turns: RecordingTurns,
     publisher: RecordingPublisher,
     keyring: Keyring,
+    clock: FakeClock,
 ) -> Services:
     log = EventLog(database.pool, publisher)
     return Services(
@@ -151,6 +164,8 @@ def services(
         capabilities=builtin_registry(),
         turns=turns,
         messages=MessageStore(log),
+        scheduling=Scheduling(ScheduleStore(log, MessageStore(log)), clock),
+        tasks=TaskStore(log, turns),
         streams=StreamHub(
             log,
             EventBus(),
@@ -161,6 +176,8 @@ def services(
         background=BackgroundTasks(),
         keyring=keyring,
         discover_models=discover_models,
+        discover_mcp_tools=McpSource(DatabaseDirectory(database.pool, keyring), ("127.0.0.1",)).discover,
+        mcp_authorizer=McpAuthorization(("127.0.0.1",)),
         check_model_options=check_model_options,
         check_message_metadata=check_message_metadata,
         version="0.0.0",
@@ -199,11 +216,13 @@ async def client(app: Litestar, client_of: ClientOf) -> AsyncIterator[httpx.Asyn
 
 
 @contextlib.asynccontextmanager
-async def served(app: Litestar) -> AsyncIterator[str]:
-    """The app on a real socket; yields its base URL."""
+async def served(
+    app: Litestar, *, lifespan: Literal["auto", "on", "off"] = "auto", ends_at_once: bool = False
+) -> AsyncIterator[str]:
+    """The app on a real socket; yields its base URL. `ends_at_once` is for apps whose streams never end by themselves."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(cast(Any, app), log_config=None, timeout_graceful_shutdown=1)
+        config = uvicorn.Config(cast(Any, app), log_config=None, timeout_graceful_shutdown=1, lifespan=lifespan)
         server = uvicorn.Server(config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:  # noqa: ASYNC110 # uvicorn tells nobody
@@ -212,6 +231,7 @@ async def served(app: Litestar) -> AsyncIterator[str]:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
+            server.force_exit = ends_at_once
             await serving
 
 

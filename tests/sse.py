@@ -20,6 +20,8 @@ import msgspec
 from msgspec import Struct
 
 from activities.capabilities.registry import builtin_registry
+from activities.mcp.authorization import McpAuthorization
+from activities.mcp.source import McpSource
 from api.app import create_app
 from api.background import BackgroundTasks
 from api.services import Services
@@ -27,13 +29,18 @@ from api.streams import StreamHub, StreamLimits, StreamTiming
 from cli.engine import discover_models
 from db.database import Database
 from db.event_log import EventLog
+from db.mcp_directory import DatabaseDirectory
 from db.messages import MessageStore
+from db.schedules import ScheduleStore
+from db.scheduling import Scheduling
+from db.session_tasks import TaskStore
 from domain.ports import TurnGateway
 from infra.encryption import Keyring
 from infra.event_bus import EventBus
 from infra.http_server import HttpServer, bind
 from infra.network import LOOPBACK
 from infra.settings import load_settings
+from tests.fakes.schedule_clock import FakeClock
 
 FRAME_SECONDS = 20.0
 """For a busy machine; a frame takes milliseconds."""
@@ -236,10 +243,14 @@ async def api_process(
             capabilities=builtin_registry(),
             turns=turns,
             messages=MessageStore(log),
+            tasks=TaskStore(log, turns),
+            scheduling=Scheduling(ScheduleStore(log, MessageStore(log)), FakeClock()),
             streams=hub,
             background=background,
             keyring=Keyring.of(None, None),
             discover_models=discover_models,
+            discover_mcp_tools=McpSource(DatabaseDirectory(database.pool, Keyring.of(None, None))).discover,
+            mcp_authorizer=McpAuthorization(()),
             check_model_options=lambda provider_type, options: None,
             check_message_metadata=lambda metadata: None,
             version="0.0.0",

@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 TURN_WORKFLOW: Final = "Turn"
+SCHEDULED_MESSAGE_WORKFLOW: Final = "ScheduledMessage"
 TURNS_QUEUE: Final = "everruns-turns"
 DEPLOYMENT: Final = "everruns"
 """Name of the Worker Deployment that versioned workers belong to."""
@@ -48,11 +49,14 @@ REASON: Final = "reason"
 ACT: Final = "act"
 FINISH: Final = "finish"
 RECORD_MESSAGE: Final = "record_message"
+DELIVER_SCHEDULED: Final = "deliver_scheduled"
 
 ORG_ATTRIBUTE: Final = SearchAttributeKey.for_keyword("EverrunsOrg")
 AGENT_ATTRIBUTE: Final = SearchAttributeKey.for_keyword("EverrunsAgent")
 HARNESS_ATTRIBUTE: Final = SearchAttributeKey.for_keyword("EverrunsHarness")
 TURN_STATUS_ATTRIBUTE: Final = SearchAttributeKey.for_keyword("EverrunsTurnStatus")
+SCHEDULED_START_ATTRIBUTE: Final = SearchAttributeKey.for_datetime("TemporalScheduledStartTime")
+"""Temporal's own: the time for which a schedule started a workflow."""
 SEARCH_ATTRIBUTES: Final = (ORG_ATTRIBUTE, AGENT_ATTRIBUTE, HARNESS_ATTRIBUTE, TURN_STATUS_ATTRIBUTE)
 
 HEARTBEAT_INTERVAL_SECONDS: Final = 0.7
@@ -187,3 +191,23 @@ class RecordMessageInput(Struct, frozen=True, kw_only=True, omit_defaults=True):
     session_id: str
     message_id: str
     message: MessageSignal
+
+
+class ScheduledMessageStart(Struct, frozen=True, kw_only=True):
+    """Input of the `ScheduledMessage` workflow, fixed when its Temporal Schedule is created."""
+
+    schedule_id: str
+
+
+class DeliverScheduledInput(Struct, frozen=True, kw_only=True):
+    """`due_at` is the time it fires for, in seconds since 1970."""
+
+    schedule_id: str
+    due_at: float
+
+
+class DeliveryResult(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`message_id`, or why nothing was delivered: the schedule is `over`, or its last message is still `unread`."""
+
+    message_id: str | None = None
+    undelivered: str | None = None

@@ -87,18 +87,34 @@ class Turn:
                 case ReasonNext.NOTHING:
                     return await self._end("nothing_to_do", more=False)
                 case ReasonNext.DONE:
-                    return await self._end("completed", more=step.more, ended_at=step.ended_at)
+                    ending = step.ending.value if step.ending else "completed"
+                    return await self._end(ending, more=step.more, ended_at=step.ended_at)
+                case ReasonNext.PAUSED:
+                    await self._take_in_messages()
+                    if self._cancel is not None:  # It came while the pause was being written.
+                        return await self._finish(TurnEnding.CANCELLED, reason=self._cancel.reason)
+                    return await self._end("paused", more=False)
+                case ReasonNext.TAKE_UP:
+                    # A turn keeps its name over a pause, whichever run goes on with it.
+                    self._turn_id, self._iteration = step.turn_id or self._turn_id, step.iteration
+                    continue
                 case ReasonNext.AGAIN:
                     continue
                 case ReasonNext.ACT:
+                    if step.resumed:  # The model was not called: there is no new iteration.
+                        self._iteration -= 1
                     try:
-                        waiting = await self._act(step)
+                        waits = await self._act(step)
                     except ActivityError as error:
                         return await self._finish_after(error)
                 case ReasonNext.WAIT:
-                    waiting = True
-            if waiting:
-                outcome = await self._wait_for_client(step.client_calls)
+                    if step.resumed:
+                        self._iteration -= 1
+                    waits = ActResult(waiting=True)
+            if waits is not None:
+                outcome = await self._wait_for_client(
+                    waits.waits or step.client_calls, waits.wait_seconds or step.wait_seconds
+                )
                 if outcome == "superseded":
                     return await self._finish(TurnEnding.SUPERSEDED)
                 if outcome == "timed_out":
@@ -127,8 +143,8 @@ class Turn:
             )
         )
 
-    async def _act(self, step: ReasonResult) -> bool:
-        """Run a batch of tool calls; returns whether client-side calls of the batch are to be waited for."""
+    async def _act(self, step: ReasonResult) -> ActResult | None:
+        """Run a batch of tool calls; returns a result when others of the batch are to be waited for."""
         self._phase = TurnPhase.ACTING
         slots = asyncio.Semaphore(1 if step.serial else self._start.max_parallel_tools)
         try:
@@ -137,23 +153,23 @@ class Turn:
             )
         except asyncio.CancelledError:
             self._cancel_through_temporal()
-            return False
+            return None
+        waits: ActResult | None = None
         for lane in lanes:
             if isinstance(lane, BaseException):
                 raise lane
-        if self._stop_requested():
-            return False
-        return any(lane is True for lane in lanes)
+            waits = waits or lane
+        return None if self._stop_requested() else waits
 
-    async def _act_in_order(self, calls: Sequence[CallRef], slots: asyncio.Semaphore) -> bool:
-        waiting = False
+    async def _act_in_order(self, calls: Sequence[CallRef], slots: asyncio.Semaphore) -> ActResult | None:
+        waits: ActResult | None = None
         for call in calls:
             async with slots:
                 if self._stop_requested():
-                    return False
+                    return None
                 result = await self._call(call)
-                waiting = waiting or (result is not None and result.waiting)
-        return waiting
+                waits = waits or (result if result is not None and result.waiting else None)
+        return waits
 
     async def _call(self, call: CallRef) -> ActResult | None:
         return await self._stoppable(
@@ -176,15 +192,15 @@ class Turn:
             )
         )
 
-    async def _wait_for_client(self, call_ids: list[str]) -> str:
+    async def _wait_for_client(self, call_ids: list[str], seconds: float | None) -> str:
         self._phase = TurnPhase.WAITING_FOR_TOOL_RESULTS
         self._waiting_for = call_ids
         self._show_status("waiting")
-        workflow.set_current_details(f"Waiting for the client to return results of: {', '.join(call_ids)}")
+        workflow.set_current_details(f"Waiting for results or answers of: {', '.join(call_ids)}")
         try:
             await workflow.wait_condition(
                 lambda: self._has_results() or self._wait_ended or self._stop_requested(),
-                timeout=timedelta(seconds=self._start.client_tool_timeout_seconds),
+                timeout=timedelta(seconds=seconds or self._start.client_tool_timeout_seconds),
                 timeout_summary="client-side tool results",
             )
         except TimeoutError:

@@ -5,7 +5,8 @@ Decisions:
   leaves below `/workspace`, stored in one transaction when it has ended: a script that is cancelled has changed nothing.
 - Somebody else may write to the workspace meanwhile. Then nothing is stored, and the model is told what has changed: running a
   script again costs nothing, and a lost change may cost a lot.
-- `at_most_once`: once its changes are stored, the script would run on its own results (`echo x >> log`).
+- `idempotent`: once its changes are stored, the script would run on its own results (`echo x >> log`). So a receipt with its
+  output is stored with them, by which a retry knows, and which is all a second attempt returns.
 - A script that fails, or runs into a limit, is a result, with what it has written; like a real shell's, its changes stay.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
+import msgspec
 from msgspec import Meta, Struct
 
 from activities.files.results import Cut
@@ -21,7 +23,7 @@ from activities.shell.script_run import Report, Script, ScriptRunner, ShellFaile
 from activities.shell.workspace_mirror import WorkspaceMirror
 from domain.capabilities import Capability, Tool, ToolContext, ToolError
 from domain.tools import SideEffect
-from domain.workspace import ROOT, FileEntry, FileProblem, normal_path
+from domain.workspace import ROOT, FileEntry, FileProblem, Receipt, ReceiptTaken, normal_path
 
 CONCURRENCY_CLASS: Final = "session_workspace"
 TOOL_TIMEOUT_SECONDS: Final = 150.0
@@ -32,6 +34,11 @@ MAX_SCRIPT_CHARACTERS: Final = 1_000_000
 MAX_LISTED: Final = 100
 MAX_ANNOUNCED: Final = 1000
 """Files that clients hear of one by one."""
+
+DONE_BEFORE: Final = (
+    "The worker was lost after the script's changes had been stored, so it was not run again. "
+    "Which files changed is not known."
+)
 
 
 class BashArguments(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -72,6 +79,17 @@ class Shell:
         self._runner = runner or ScriptRunner()
 
     async def run(self, context: ToolContext, arguments: BashArguments) -> BashResult:
+        if context.attempt > 1 and (done := await _done_before(context)):
+            return done
+        try:
+            return await self._run(context, arguments)
+        except ReceiptTaken:
+            # An attempt that was thought lost has come to its end meanwhile.
+            done = await _done_before(context)
+            assert done is not None
+            return done
+
+    async def _run(self, context: ToolContext, arguments: BashArguments) -> BashResult:
         working_dir = await _working_dir(context, arguments.working_dir)
         mirror = await WorkspaceMirror.opened(context.files)
         script = Script(
@@ -93,8 +111,17 @@ class Shell:
                 "The shell ended without a result, most likely for want of memory. Nothing the script changed was kept. "
                 "Work on less data at once."
             ) from None
-        changed, notes = await _kept(context, mirror, report, contents)
+        ran = _result(arguments, report, output, [], [])
+        receipt = Receipt(key=context.idempotency_key, text=msgspec.json.encode(ran).decode())
+        changed, notes = await _kept(context, mirror, report, contents, receipt)
         return _result(arguments, report, output, changed, notes)
+
+
+async def _done_before(context: ToolContext) -> BashResult | None:
+    text = await context.files.receipt(context.idempotency_key)
+    if text is None:
+        return None
+    return msgspec.structs.replace(msgspec.json.decode(text, type=BashResult), notes=[DONE_BEFORE])
 
 
 async def _working_dir(context: ToolContext, path: str) -> str:
@@ -116,14 +143,14 @@ def _checked(commands: str) -> str:
 
 
 async def _kept(
-    context: ToolContext, mirror: WorkspaceMirror, report: Report, contents: dict[str, bytes]
+    context: ToolContext, mirror: WorkspaceMirror, report: Report, contents: dict[str, bytes], receipt: Receipt
 ) -> tuple[list[ChangedFile], list[str]]:
     """What has changed in the workspace, and what the model should know of it."""
     notes: list[str] = []
     if report.unseen:
         notes.append(f"The shell could not hold, and did not see: {_listed(report.unseen)}.")
     try:
-        written = await mirror.write_back(report, contents)
+        written = await mirror.write_back(report, contents, receipt)
     except FileProblem as problem:
         notes.append(
             f"Nothing the script changed was kept, neither this nor other files: {problem}. "
@@ -205,7 +232,7 @@ stay, everything else (variables, `cd`, `/tmp`) is gone afterwards.""",
                 "and which files changed. Files it changes are stored when it has ended, all or none.",
                 arguments=BashArguments,
                 run=Shell(runner).run,
-                side_effect=SideEffect.AT_MOST_ONCE,
+                side_effect=SideEffect.IDEMPOTENT,
                 concurrency_class=CONCURRENCY_CLASS,
                 timeout_seconds=TOOL_TIMEOUT_SECONDS,
             ),

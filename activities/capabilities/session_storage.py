@@ -89,7 +89,8 @@ async def secret_store(context: ToolContext, arguments: SecretStore) -> dict[str
         return {"name": arguments.name, "deleted": await storage.delete_secret(arguments.name)}
     exists = await storage.get_secret(arguments.name) is not None
     note = (
-        "Its value is not shown. Tools that need a secret take its name."
+        f"Its value is not shown. Tools that need a secret take its name: `web_fetch` puts it into a header for "
+        f"{{{{secret:{arguments.name}}}}}, at the hosts that its configuration allows for it."
         if exists
         else _how_to_set(context, arguments.name)
     )

@@ -1,6 +1,6 @@
 """One tool call: check the arguments, run the tool within its time, turn whatever happens into a text for the model.
 
-Nothing a tool does may fail a turn, so nothing but a cancellation leaves `call_tool`.
+Nothing a tool does may fail a turn, so nothing but a cancellation and the wish to wait leave `call_tool`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import logging
 import msgspec
 from msgspec import Struct
 
-from activities.capabilities.tool_schema import schema_at, struct_schema
-from domain.capabilities import Tool, ToolContext, ToolError
+from activities.capabilities.json_schema import schema_problem
+from activities.capabilities.tool_schema import schema_at, struct_schema, tool_parameters
+from domain.capabilities import GuardrailHit, Tool, ToolContext, ToolError, ToolWaits
 from domain.events import ToolStatus
 from domain.messages import ContentPart, TextPart
 from domain.session_storage import StorageProblem
+from domain.tasks import TaskProblem
 from domain.tools import SideEffect
 from domain.workspace import FileProblem
 
@@ -29,25 +31,30 @@ INTERNAL_ERROR = "The tool failed because of an internal error. Its details are 
 
 
 class ToolOutcome(Struct, frozen=True, kw_only=True):
-    """`result` on success, `error` otherwise."""
+    """`result` on success, however long it is, `error` otherwise."""
 
     result: list[ContentPart] | None
     error: str | None
     status: ToolStatus
+    hits: tuple[GuardrailHit, ...] = ()
 
 
 async def call_tool(tool: Tool, context: ToolContext, arguments: dict[str, object]) -> ToolOutcome:
-    try:
-        decoded = msgspec.convert(arguments, tool.arguments)
-    except msgspec.ValidationError as error:
-        return _failed(_explain(tool, error))
+    problem = arguments_problem(tool, arguments)
+    if problem is not None:
+        return _failed(problem)
+    decoded = arguments if tool.parameters is not None else msgspec.convert(arguments, tool.arguments)
     deadline = asyncio.timeout(tool.timeout_seconds)
     try:
         async with deadline:
             value = await tool.run(context, decoded)
         text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-        return ToolOutcome(result=[TextPart(text=truncated(text))], error=None, status=ToolStatus.SUCCESS)
-    except (ToolError, FileProblem, StorageProblem) as error:
+        # A lone surrogate has no place in UTF-8 and would only fail later, where the result is stored.
+        text = text.encode("utf-8", "replace").decode()
+        return ToolOutcome(result=[TextPart(text=text)], error=None, status=ToolStatus.SUCCESS)
+    except ToolWaits:
+        raise
+    except (ToolError, FileProblem, StorageProblem, TaskProblem) as error:
         return _failed(str(error) or "The tool failed.")
     except TimeoutError:
         # A tool's own TimeoutError (a socket, say) is just one of its failures.
@@ -62,6 +69,9 @@ async def call_tool(tool: Tool, context: ToolContext, arguments: dict[str, objec
 
 def arguments_problem(tool: Tool, arguments: dict[str, object]) -> str | None:
     """What the model is told about arguments that don't fit; None when they do."""
+    if tool.parameters is not None:
+        problem = schema_problem(tool_parameters(tool), arguments)
+        return None if problem is None else truncated(f"Invalid arguments for `{tool.name}`: {problem}.")
     try:
         msgspec.convert(arguments, tool.arguments)
     except msgspec.ValidationError as error:
@@ -75,11 +85,16 @@ def truncated(text: str) -> str:
     data = text.encode("utf-8", "replace")
     if len(data) <= MAX_RESULT_BYTES:
         return data.decode()
-    shown = data[: MAX_RESULT_BYTES - _NOTE_BYTES].decode("utf-8", "ignore")
+    shown = cut(data, MAX_RESULT_BYTES - _NOTE_BYTES)
     return (
-        f"{shown}\n\n[Output truncated: the first {len(shown.encode()):,} of {len(data):,} bytes are shown. "
+        f"{shown.decode()}\n\n[Output truncated: the first {len(shown):,} of {len(data):,} bytes are shown. "
         "Ask for less or for a part of it to see the rest.]"
     )
+
+
+def cut(data: bytes, limit: int) -> bytes:
+    """The beginning of UTF-8 text, at most `limit` bytes, ending between characters."""
+    return data[:limit].decode("utf-8", "ignore").encode()
 
 
 def _failed(text: str, status: ToolStatus = ToolStatus.ERROR) -> ToolOutcome:

@@ -10,6 +10,7 @@ from typing import Literal, cast
 import msgspec
 from msgspec import Struct
 
+from activities.capabilities.json_schema import harmless
 from domain.capabilities import Capability, CapabilityInfo, Tool
 from domain.tools import BuiltinTool, SideEffect, ToolHints
 
@@ -30,11 +31,16 @@ def struct_schema(struct: type[Struct]) -> dict[str, object]:
     return _inline(schema, definitions, ())
 
 
+def tool_parameters(tool: Tool) -> dict[str, object]:
+    """JSON Schema of the tool's arguments; one that is not ours is made harmless first."""
+    return struct_schema(tool.arguments) if tool.parameters is None else harmless(tool.parameters)
+
+
 def tool_definition(tool: Tool, capability: Capability) -> BuiltinTool:
     return BuiltinTool(
         name=tool.name,
         description=tool.description,
-        parameters=struct_schema(tool.arguments),
+        parameters=tool_parameters(tool),
         display_name=tool.display_name,
         category=capability.category,
         policy="client_side" if tool.answered_by == "user" else "auto",
@@ -62,6 +68,7 @@ def capability_info(capability: Capability) -> CapabilityInfo:
         dependencies=list(capability.dependencies),
         features=list(capability.features),
         risk_level=capability.risk_level,
+        is_guardrail=capability.is_guardrail or None,
         config_schema=struct_schema(capability.config) if capability.config else None,
         docs_slug=f"capabilities/{capability.id}",
     )
@@ -96,6 +103,8 @@ def _inline(schema: dict[str, object], definitions: dict[str, object], inside: t
             return _inline(options[0], definitions, inside) | _inline(schema, definitions, inside)
 
     schema.pop("title", None)
+    # It points at definitions, and says nothing that the constants of the tag do not.
+    schema.pop("discriminator", None)
     result: dict[str, object] = {}
     for keyword, value in schema.items():
         if keyword in _VERBATIM:

@@ -3,6 +3,8 @@
 Decisions:
 - One side effect class for the whole tool, so the strictest: `at_most_once`. A POST must not be repeated after a crash, and a GET
   whose outcome is unknown costs the model one more call.
+- A secret of the session goes into a header by its name. Where it may go is configuration, because a model that has read a page
+  may be following it. `network_access` alone would not do: it lets every secret go to every host that may be read.
 - `crawl` and `max_pages` of the published tool are left out: a model that follows links itself sees what it is doing.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from activities.web.arguments import WebFetchArguments, WebFetchResult
+from activities.web.arguments import WebFetchArguments, WebFetchConfig, WebFetchResult
 from domain.capabilities import Capability, Tool, ToolContext
 from domain.tools import SideEffect
 
@@ -54,6 +56,7 @@ def capability(private_hosts: Iterable[str] = (), pages: PageFetch | None = None
         icon="globe",
         risk_level="high",
         system_prompt=PROMPT,
+        config=WebFetchConfig,
         tools=(
             Tool(
                 name="web_fetch",

@@ -371,4 +371,4 @@ def _tool_call(block: _Block) -> ToolCallReady:
     if not block.pieces and isinstance(given, dict):
         # A server that does not stream arguments gives them at once.
         arguments = given
-    return ToolCallReady(ToolCall(id=call_id, name=name, arguments=arguments), problem)
+    return ToolCallReady(ToolCall(id=call_id, name=name, arguments=arguments), problem, block.text if problem else None)

@@ -270,7 +270,8 @@ class ChatStream:
                 call.id = self._derived_id(number)
             used.add(call.id)
             arguments, problem = parse_arguments(call.arguments)
-            yield ToolCallReady(ToolCall(id=call.id, name=call.name, arguments=arguments), problem)
+            raw = call.arguments if problem else None
+            yield ToolCallReady(ToolCall(id=call.id, name=call.name, arguments=arguments), problem, raw)
 
     def _derived_id(self, number: int) -> str:
         """The same in every attempt of a step."""

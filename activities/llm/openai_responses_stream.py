@@ -169,7 +169,7 @@ class ResponseReader:
             self._announced.append(item)
             arguments, problem = parse_arguments(item.get("arguments") or "")
             call = ToolCall(id=str(item.get("call_id")), name=str(item.get("name")), arguments=arguments)
-            ready.append(ToolCallReady(call, problem))
+            ready.append(ToolCallReady(call, problem, item.get("arguments") if problem else None))
         return ready
 
     # --- the end ---

@@ -4,6 +4,7 @@ bashkit is an interpreter in memory, without access to the host. It runs here be
 commands: from outside a script can be killed at any moment, and neither the worker's time nor its memory is at stake.
 
 Input, on stdin: a length and a request (JSON), then files, each as two lengths, path and content; an empty path ends them.
+Stdin stays open: its end means that the worker has gone, and ends the process and its group.
 Output, on stdout: frames of a kind, a length and a payload. `o` and `e` are output and errors of the script as they come, `r` is
 the report (JSON), and as many `c` follow as the report has `written`, the contents of those files. Lengths are 4 bytes,
 big-endian.
@@ -13,8 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import struct
 import sys
+import threading
 
 ADDRESS_SPACE_BYTES = 1536 * 1024 * 1024
 CPU_SECONDS = 120
@@ -38,6 +42,16 @@ def received(size: int) -> bytes:
     if len(data) != size:
         raise SystemExit(1)  # the parent has gone
     return data
+
+
+def end_with_parent() -> None:
+    def wait() -> None:
+        os.read(0, 1)
+        if os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def received_files():
@@ -119,6 +133,7 @@ def main() -> None:
             fs.write_file(path, content)
         except RuntimeError:
             unseen.append(path)
+    end_with_parent()
     before = Tree(fs, root)
 
     result = bash.execute_sync(request["commands"], send_output)
@@ -143,6 +158,7 @@ def main() -> None:
     send(b"r", json.dumps(report).encode())
     for content in [] if is_too_much else contents:
         send(b"c", content)
+    os._exit(0)  # closing takes time, and a thread waits for the parent's end
 
 
 if __name__ == "__main__":

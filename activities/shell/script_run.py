@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import struct
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final, Literal
@@ -16,6 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from domain.workspace import ROOT
+from infra.tool_processes import tool_process
 
 CHILD: Final = Path(__file__).with_name("bash_child.py")
 KILL_MARGIN_SECONDS: Final = 5.0
@@ -82,24 +79,11 @@ class ScriptRunner:
     ) -> tuple[Report, dict[str, bytes]]:
         """The report and the contents of `written`. Raises `ShellFailed`."""
         async with self._slots:
-            child = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-I",
-                str(self._child),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=_environment(),
-            )
             try:
-                return await self._talk(child, script, files, on_output)
+                async with tool_process(self._child) as child:
+                    return await self._talk(child, script, files, on_output)
             except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError):
                 raise ShellFailed from None
-            finally:
-                if child.returncode is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        child.kill()
-                    await child.wait()
 
     async def _talk(
         self,
@@ -138,6 +122,7 @@ async def _send(stdin: asyncio.StreamWriter, script: Script, files: Files) -> No
             },
         }
     )
+    # It stays open: the child takes its end for ours.
     stdin.write(struct.pack("!I", len(request)) + request)
     async for path, content in files:
         name = path.encode()
@@ -146,7 +131,6 @@ async def _send(stdin: asyncio.StreamWriter, script: Script, files: Files) -> No
         await stdin.drain()
     stdin.write(struct.pack("!II", 0, 0))
     await stdin.drain()
-    stdin.close()
 
 
 async def _receive(
@@ -169,8 +153,3 @@ async def _frame(stdout: asyncio.StreamReader) -> tuple[bytes, bytes]:
     if size > _FRAME_MAX_BYTES:
         raise ShellFailed
     return kind, await stdout.readexactly(size)
-
-
-def _environment() -> dict[str, str]:
-    """Nothing of ours: the environment holds keys. Fewer arenas, because address space is limited."""
-    return {"MALLOC_ARENA_MAX": "2"} | {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}

@@ -21,6 +21,7 @@ from domain.workspace import (
     FileReadOnly,
     FileTooLarge,
     NotThatKind,
+    Receipt,
     WorkspaceFiles,
     file_path,
     parents,
@@ -55,8 +56,13 @@ class WorkspaceMirror:
                 self._copied[entry.path] = entry.content_hash
                 yield ROOT + entry.path, content
 
-    async def write_back(self, report: Report, contents: dict[str, bytes]) -> list[tuple[FileEntry, bool]]:
-        """What was written, and whether it is new. Raises `FileProblem`; then nothing has changed."""
+    async def write_back(
+        self, report: Report, contents: dict[str, bytes], receipt: Receipt
+    ) -> list[tuple[FileEntry, bool]]:
+        """What was written, and whether it is new. Raises `FileProblem` and `ReceiptTaken`; then nothing has changed.
+
+        A run that changes no file leaves no receipt: it can be run again.
+        """
         if report.is_root_replaced:
             raise NotThatKind(f"`{ROOT}` is no directory any more")
         if report.is_too_much:
@@ -68,7 +74,9 @@ class WorkspaceMirror:
         deleted = [_inner(path) for path in report.deleted]
         expected = {path: self._copied.get(path) for path in written if path not in replaced}
         expected |= {path: self._copied[path] for path in deleted}
-        entries = await self._files.apply(written, [*deleted, *replaced], expected=expected)
+        if not written and not deleted:
+            return []
+        entries = await self._files.apply(written, [*deleted, *replaced], expected=expected, receipt=receipt)
         return [(entry, entry.path not in self._copied) for entry in entries]
 
     async def write_back_directories(self, report: Report) -> list[str]:

@@ -9,12 +9,11 @@ Decisions the code can't show:
 
 from __future__ import annotations
 
-import ipaddress
 from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Final
 
-Address = IPv4Address | IPv6Address
+from domain.network_patterns import Address
 
 
 class Reach(Enum):
@@ -85,15 +84,6 @@ def reach(address: Address) -> Reach:
     if _within(address, _PRIVATE_V4):
         return Reach.PRIVATE
     return Reach.NEVER if _within(address, _SPECIAL_V4) else Reach.PUBLIC
-
-
-def parse_address(text: str) -> Address | None:
-    """The address in its one canonical spelling, or None: no octal, hex, short or zoned forms."""
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        return None
-    return None if isinstance(address, IPv6Address) and address.scope_id is not None else address
 
 
 def _reach_v6(address: IPv6Address) -> Reach:

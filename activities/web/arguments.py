@@ -6,7 +6,37 @@ from typing import Annotated, Any, Final, Literal
 
 from msgspec import Meta, Struct
 
+from domain.limits import SECRET_NAME_MAX_CHARACTERS
+from domain.network_patterns import parse_pattern, problem_of
+
 MAX_BODY_CHARACTERS: Final = 1024 * 1024
+SECRET_NAME: Final = rf"[A-Za-z_][A-Za-z0-9_]{{0,{SECRET_NAME_MAX_CHARACTERS - 1}}}"
+
+
+class WebFetchConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Written by people, never by a model: it decides where secrets may go."""
+
+    secrets: Annotated[
+        dict[
+            Annotated[str, Meta(pattern=f"^{SECRET_NAME}$")],
+            Annotated[list[Annotated[str, Meta(min_length=1, max_length=2048)]], Meta(min_length=1, max_length=20)],
+        ],
+        Meta(
+            max_length=100,
+            description="Where each secret of the session may be sent in a header, by its name: patterns as in `network_access`, "
+            "without `*`, such as `https://api.example.com/v1`. Default: nowhere.",
+        ),
+    ] = {}
+
+    def __post_init__(self) -> None:
+        for name, texts in self.secrets.items():
+            for text in texts:
+                problem = problem_of(text)
+                pattern = parse_pattern(text)
+                if pattern is not None and (pattern.host == "*" or pattern.subdomains_only):
+                    problem = "has a `*`; a secret goes to hosts that are named"
+                if problem is not None:
+                    raise ValueError(f"the pattern `{text[:200]}` for the secret `{name}` {problem}")
 
 
 class WebFetchArguments(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -17,7 +47,11 @@ class WebFetchArguments(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     headers: (
         Annotated[
             dict[str, str],
-            Meta(max_length=50, description="Request headers. They are not sent on to another origin by a redirect."),
+            Meta(
+                max_length=50,
+                description="Request headers. They are not sent on to another origin by a redirect. A value may name a secret of "
+                "the session, which is put in when it is sent: `Bearer {{secret:NAME}}`.",
+            ),
         ]
         | None
     ) = None

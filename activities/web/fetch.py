@@ -20,14 +20,17 @@ from contextlib import aclosing
 from typing import Final
 
 import httpx2
+import msgspec
 from msgspec import Struct
 
-from activities.web.addresses import Reach, parse_address, reach
+from activities.web.addresses import Reach, reach
+from activities.web.header_secrets import HeaderSecrets
 from activities.web.network_rules import check_access
 from activities.web.redirects import Request, next_request
 from activities.web.targets import Target
 from domain.capabilities import ToolError
 from domain.config import NetworkAccessList
+from domain.network_patterns import parse_address
 
 USER_AGENT: Final = "Everruns-WebFetch/1.0"
 MAX_REDIRECTS: Final = 5
@@ -94,33 +97,44 @@ class Fetcher:
         self._given_tls = tls
 
     @functools.cached_property
-    def _tls(self) -> ssl.SSLContext:
+    def tls(self) -> ssl.SSLContext:
         """Made at the first use: reading the system's certificates takes a while."""
         return self._given_tls or httpx2.create_ssl_context()
 
-    async def fetch(self, request: Request, access: NetworkAccessList) -> Page:
-        """Raises a `ToolError` when there is no answer. An answer with an error status is a `Page`."""
+    async def fetch(self, request: Request, access: NetworkAccessList, secrets: HeaderSecrets | None = None) -> Page:
+        """Raises a `ToolError` when there is no answer. An answer with an error status is a `Page`.
+
+        `secrets` are those that the request's headers name; neither page nor error holds any of them.
+        """
+        secrets = secrets or HeaderSecrets({}, {})
         deadline = asyncio.timeout(self._limits.total_seconds)
         try:
             async with deadline:
-                return await self._follow(request, access)
+                return await self._follow(request, access, secrets)
         except TimeoutError:
             raise FetchFailed(
                 f"`{request.target.host}` did not send its whole answer within {self._limits.total_seconds:g} seconds."
             ) from None
+        except ToolError as error:
+            # A redirect can put a secret into a host name, and errors name hosts.
+            hidden = secrets.hidden_text(str(error))
+            if hidden == str(error):
+                raise
+            raise FetchFailed(hidden) from None
 
-    async def _follow(self, request: Request, access: NetworkAccessList) -> Page:
+    async def _follow(self, request: Request, access: NetworkAccessList, secrets: HeaderSecrets) -> Page:
         for _ in range(MAX_REDIRECTS + 1):
             check_access(request.target, access)
-            addresses = await self._checked_addresses(request.target)
-            async with self._answer(request, addresses) as response:
+            addresses = await self.checked_addresses(request.target)
+            secrets.check(request.target, addresses, request.headers)
+            async with self._answer(request, addresses, secrets) as response:
                 following = next_request(request, response.status_code, response.headers.get("location"))
                 if following is None:
-                    return await self._read(request.target, response)
+                    return _without_secrets(await self._read(request.target, response), secrets)
             request = following
         raise FetchFailed(f"More than {MAX_REDIRECTS} redirects, the last one by `{request.target.host}`.")
 
-    async def _checked_addresses(self, target: Target) -> list[str]:
+    async def checked_addresses(self, target: Target) -> list[str]:
         """One bad address spoils a name: who mixes public and private ones is trying to get past this."""
         if target.address is not None:
             found = [str(target.address)]
@@ -141,26 +155,31 @@ class Fetcher:
         return [str(address) for address in parsed[:MAX_ADDRESSES_TRIED]]
 
     @contextlib.asynccontextmanager
-    async def _answer(self, request: Request, addresses: Sequence[str]) -> AsyncIterator[httpx2.Response]:
+    async def _answer(
+        self, request: Request, addresses: Sequence[str], secrets: HeaderSecrets
+    ) -> AsyncIterator[httpx2.Response]:
         with _told(request.target, self._limits):
             async with httpx2.AsyncHTTPTransport(
-                verify=self._tls, trust_env=False, limits=httpx2.Limits(max_keepalive_connections=0)
+                verify=self.tls, trust_env=False, limits=httpx2.Limits(max_keepalive_connections=0)
             ) as transport:
-                response = await self._send(transport, request, addresses)
+                response = await self._send(transport, request, addresses, secrets)
                 try:
                     yield response
                 finally:
                     await response.aclose()
 
     async def _send(
-        self, transport: httpx2.AsyncHTTPTransport, request: Request, addresses: Sequence[str]
+        self, transport: httpx2.AsyncHTTPTransport, request: Request, addresses: Sequence[str], secrets: HeaderSecrets
     ) -> httpx2.Response:
         """To the first address that takes the connection; once it is there, nothing is sent a second time."""
         for left in range(len(addresses) - 1, -1, -1):
             try:
                 return await transport.handle_async_request(
                     self._pinned(
-                        request, addresses[-1 - left], connect_seconds=self._limits.connect_seconds / (left + 1)
+                        request,
+                        addresses[-1 - left],
+                        secrets,
+                        connect_seconds=self._limits.connect_seconds / (left + 1),
                     )
                 )
             except (httpx2.ConnectError, httpx2.ConnectTimeout):
@@ -168,14 +187,16 @@ class Fetcher:
                     raise
         raise AssertionError("there is at least one address")
 
-    def _pinned(self, request: Request, address: str, *, connect_seconds: float) -> httpx2.Request:
+    def _pinned(
+        self, request: Request, address: str, secrets: HeaderSecrets, *, connect_seconds: float
+    ) -> httpx2.Request:
         """The request for one address: the connection goes there and nowhere else."""
         target = request.target
         silence = self._limits.silence_seconds
         headers = {
             "user-agent": USER_AGENT,
             "accept": "text/html,application/xhtml+xml,text/markdown,application/json;q=0.9,*/*;q=0.8",
-            **request.headers,
+            **secrets.filled(request.headers),
             "accept-encoding": "gzip, deflate",
             "host": target.host_header,
             "connection": "close",
@@ -208,6 +229,15 @@ class Fetcher:
             body=bytes(body[:limit]),
             is_cut=is_cut,
         )
+
+
+def _without_secrets(page: Page, secrets: HeaderSecrets) -> Page:
+    longest = secrets.longest_form_bytes
+    if not longest:
+        return page
+    body = page.body[:-longest] if page.is_cut else page.body
+    headers = [(name, secrets.hidden_text(value)) for name, value in page.headers.multi_items()]
+    return msgspec.structs.replace(page, headers=httpx2.Headers(headers), body=secrets.hidden(body))
 
 
 def _check_codings(target: Target, response: httpx2.Response) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Final
 
 import msgspec
 from msgspec import Struct
+
+from infra.tool_processes import tool_process
 
 CHILD: Final = Path(__file__).with_name("html_child.py")
 CONVERSION_SECONDS: Final = 10.0
@@ -48,27 +46,8 @@ class HtmlConverter:
             raise ConversionFailed from None
 
     async def _run(self, request: bytes) -> bytes:
-        child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-I",
-            str(self._child),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=_environment(),
-        )
-        try:
+        async with tool_process(self._child) as child:
             answer, _ = await child.communicate(request)
-        finally:
-            if child.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    child.kill()
-                await child.wait()
         if child.returncode != 0:
             raise ConversionFailed
         return answer
-
-
-def _environment() -> dict[str, str]:
-    """Nothing of ours: the environment holds keys. Windows can't start Python without its own variable."""
-    return {name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ}

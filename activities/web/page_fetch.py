@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from typing import Final
-from urllib.parse import urlencode
+from urllib.parse import unquote, urlencode
 
 import msgspec
 from msgspec import Struct
 
-from activities.web.arguments import WebFetchArguments, WebFetchResult
+from activities.web.arguments import WebFetchArguments, WebFetchConfig, WebFetchResult
 from activities.web.content import Kind, decoded, fitting, indented_json, kind_of, parse_content_type
 from activities.web.fetch import Fetcher, Page
+from activities.web.header_secrets import HeaderSecrets, SecretRefused, mentions_secret
 from activities.web.html_conversion import ConversionFailed, HtmlConverter
 from activities.web.redirects import STATUSES, Request
 from activities.web.targets import target_of
@@ -48,9 +49,15 @@ class PageFetch:
 
     async def run(self, context: ToolContext, arguments: WebFetchArguments) -> WebFetchResult:
         request = _request(arguments)
+        secrets = await _secrets(context, request)
         if arguments.save_to_file is not None:
             await _check_writable(context, arguments.save_to_file)
-        page = await self._fetcher.fetch(request, context.network_access)
+        page = await self._fetcher.fetch(request, context.network_access, secrets)
+        return _without(secrets, await self._result(context, arguments, page, secrets))
+
+    async def _result(
+        self, context: ToolContext, arguments: WebFetchArguments, page: Page, secrets: HeaderSecrets
+    ) -> WebFetchResult:
         base = _described(arguments, page)
         if page.status == 304:
             return msgspec.structs.replace(
@@ -58,14 +65,22 @@ class PageFetch:
             )
         if arguments.method == "HEAD":
             return msgspec.structs.replace(base, size_bytes=_announced_bytes(page))
-        return await self._with_content(context, arguments, page, base)
+        return await self._with_content(context, arguments, page, base, secrets)
 
     async def _with_content(
-        self, context: ToolContext, arguments: WebFetchArguments, page: Page, base: WebFetchResult
+        self,
+        context: ToolContext,
+        arguments: WebFetchArguments,
+        page: Page,
+        base: WebFetchResult,
+        secrets: HeaderSecrets,
     ) -> WebFetchResult:
         media_type, charset = parse_content_type(page.headers.get("content-type", ""))
         kind = kind_of(media_type, charset, page.body)
         text = None if kind == "binary" else await self._text(arguments, page, kind, charset)
+        if text is not None:
+            # Again: decoding and converting can put together what was apart. Before it is cut, so that no part is left.
+            text.text = secrets.hidden_text(text.text)
         notes = [base.note, text.note if text else None]
         saved_to: str | None = None
         if arguments.save_to_file is not None:
@@ -111,6 +126,23 @@ class PageFetch:
         )
 
 
+async def _secrets(context: ToolContext, request: Request) -> HeaderSecrets:
+    if not any(mentions_secret(value) for value in request.headers.values()):
+        return HeaderSecrets({}, {})
+    config = context.config if isinstance(context.config, WebFetchConfig) else WebFetchConfig()
+    return await HeaderSecrets.named_in(request.headers, context.storage, config.secrets)
+
+
+def _without(secrets: HeaderSecrets, result: WebFetchResult) -> WebFetchResult:
+    """Every text of a result: addresses, headers and titles come from the server, too."""
+    hidden = {
+        name: secrets.hidden_text(value)
+        for name, value in msgspec.structs.asdict(result).items()
+        if isinstance(value, str)
+    }
+    return msgspec.structs.replace(result, **hidden)
+
+
 def _request(arguments: WebFetchArguments) -> Request:
     _check(arguments)
     headers = _checked_headers(arguments.headers or {})
@@ -130,6 +162,7 @@ def _request(arguments: WebFetchArguments) -> Request:
 
 
 def _check(arguments: WebFetchArguments) -> None:
+    _check_no_secrets(arguments)
     bodies = [name for name in ("body", "json", "form") if getattr(arguments, name) is not None]
     if len(bodies) > 1:
         raise ToolError(
@@ -139,6 +172,25 @@ def _check(arguments: WebFetchArguments) -> None:
         raise ToolError(f"A {arguments.method} request has no body: leave `{bodies[0]}` out, or set `method` to POST.")
     if arguments.as_markdown and arguments.as_text:
         raise ToolError("Give only one of `as_markdown` and `as_text`.")
+
+
+def _check_no_secrets(arguments: WebFetchArguments) -> None:
+    """Outside of headers. Sent as it stands, a name would look as if it had worked."""
+    texts = {
+        "url": unquote(arguments.url),
+        "body": arguments.body or "",
+        "json": "" if arguments.json is None else msgspec.json.encode(arguments.json).decode(),
+        "form": "" if arguments.form is None else msgspec.json.encode(arguments.form).decode(),
+        "if_none_match": arguments.if_none_match or "",
+        "headers": " ".join(arguments.headers or {}),
+        "save_to_file": arguments.save_to_file or "",
+    }
+    for name, text in texts.items():
+        if mentions_secret(text):
+            raise SecretRefused(
+                f"`{name}`: secrets can only be used in the values of `headers`, such as "
+                '{"Authorization": "Bearer {{secret:NAME}}"}. Nothing was sent.'
+            )
 
 
 def _checked_headers(headers: dict[str, str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import httpx2
 import msgspec
 from msgspec import Struct
 
+from activities.web.header_secrets import mentions_secret
 from activities.web.targets import Target, UnusableUrl, target_of
 
 STATUSES: Final = frozenset({301, 302, 303, 307, 308})
@@ -47,7 +48,11 @@ def next_request(request: Request, status: int, location: str | None) -> Request
     elif is_elsewhere and request.method not in _SAFE_METHODS:
         return None
     if is_elsewhere:
-        kept = {name: value for name, value in request.headers.items() if name in _HARMLESS_HEADERS}
+        kept = {
+            name: value
+            for name, value in request.headers.items()
+            if name in _HARMLESS_HEADERS and not mentions_secret(value)
+        }
         request = msgspec.structs.replace(request, headers=kept)
     return msgspec.structs.replace(request, target=target)
 

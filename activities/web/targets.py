@@ -6,20 +6,17 @@ two readings of one text can't disagree.
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 import httpx2
 from msgspec import Struct
 
-from activities.web.addresses import Address, parse_address
+from activities.web.addresses import Address
+from domain import network_patterns
 from domain.capabilities import ToolError
 
 DEFAULT_PORTS: Final = {"http": 80, "https": 443}
 MAX_URL_CHARACTERS: Final = 8192
-
-_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?")
-_NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 
 class UnusableUrl(ToolError):
@@ -68,17 +65,8 @@ def target_of(text: str | httpx2.URL) -> Target:
 
 
 def canonical_host(host: str) -> tuple[str, Address | None]:
-    """A host as it stands in a URL, without brackets. Raises `UnusableUrl`.
-
-    A host whose last label is a number must be an address in its usual form: resolvers also take 127.1, 0x7f.0.0.1 and
-    2130706433 for addresses, and a network list can't be expected to name them all.
-    """
-    host = host.lower().removesuffix(".")
-    if address := parse_address(host):
-        return str(address), address
-    labels = host.split(".")
-    if _NUMBER.fullmatch(labels[-1]):
-        raise UnusableUrl("Write the address in the URL as four decimal numbers, such as 192.0.2.1.")
-    if len(host) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
-        raise UnusableUrl("The URL has no valid host name.")
-    return host, None
+    """A host as it stands in a URL, without brackets. Raises `UnusableUrl`."""
+    try:
+        return network_patterns.canonical_host(host)
+    except ValueError as error:
+        raise UnusableUrl(str(error)) from None

@@ -18,6 +18,7 @@ from schemathesis import APIOperation, Case, CheckFunction, GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.core.result import Ok
 
+from domain.ids import Prefix, format_id, parse_id
 from tests.stack import Stack
 
 EXAMPLES_PER_OPERATION = 8
@@ -36,8 +37,10 @@ STREAMS = {"stream_events", "stream_events_alias"}
 PUBLISHED = """
 GET /v1/agents
 POST /v1/agents
+POST /v1/agents/analyze
 GET /v1/agents/config
 POST /v1/agents/import
+POST /v1/agents/preview
 GET /v1/agents/{agent_id}
 PUT /v1/agents/{agent_id}
 PATCH /v1/agents/{agent_id}
@@ -46,6 +49,15 @@ POST /v1/agents/{agent_id}/copy
 GET /v1/agents/{agent_id}/export
 GET /v1/agents/{agent_id}/stats
 GET /v1/capabilities
+POST /v1/capabilities
+GET /v1/capabilities/declarative
+GET /v1/capabilities/declarative/config
+GET /v1/capabilities/declarative/{capability_id}
+PATCH /v1/capabilities/declarative/{capability_id}
+DELETE /v1/capabilities/declarative/{capability_id}
+POST /v1/capabilities/declarative/{capability_id}/delete
+POST /v1/capabilities/guardrails/dry-run
+GET /v1/capabilities/guardrails/examples
 GET /v1/capabilities/{capability_id}
 GET /v1/durable/circuit-breakers
 GET /v1/durable/circuit-breakers/{key}
@@ -58,6 +70,7 @@ GET /v1/harnesses
 POST /v1/harnesses
 GET /v1/harnesses/config
 POST /v1/harnesses/import
+POST /v1/harnesses/preview
 GET /v1/harnesses/{harness_id}
 PATCH /v1/harnesses/{harness_id}
 DELETE /v1/harnesses/{harness_id}
@@ -95,7 +108,22 @@ GET /v1/sessions/{session_id}/sse
 GET /v1/sessions/{session_id}/storage/keys
 GET /v1/sessions/{session_id}/storage/secrets
 PUT /v1/sessions/{session_id}/storage/secrets
+GET /v1/sessions/{session_id}/tasks
+GET /v1/sessions/{session_id}/tasks/{task_id}
+POST /v1/sessions/{session_id}/tasks/{task_id}/cancel
+POST /v1/sessions/{session_id}/tasks/{task_id}/messages
 POST /v1/sessions/{session_id}/tool-results
+GET /v1/skills
+POST /v1/skills
+GET /v1/skills/config
+POST /v1/skills/upload
+GET /v1/skills/usage
+POST /v1/skills/validate
+GET /v1/skills/{skill_id}
+PATCH /v1/skills/{skill_id}
+DELETE /v1/skills/{skill_id}
+GET /v1/skills/{skill_id}/content
+GET /v1/tasks
 GET /v1/workspaces
 POST /v1/workspaces
 GET /v1/workspaces/{workspace_id}
@@ -161,6 +189,16 @@ async def real_ids(stack: Stack) -> dict[str, str]:
     agent = await stack.client.post("agents", json={"name": "described", "system_prompt": "x"})
     harness = await stack.client.post("harnesses", json={"name": "described"})
     models = (await stack.client.get("models")).json()["data"]
+    daily = {"message": "m", "cron_expression": "@daily"}
+    schedule = await stack.client.post(f"sessions/{session}/schedules", json=daily)
+    task = await stack.pool.fetchval(
+        """INSERT INTO session_tasks (id, org_id, session_id, root_session_id, child_session_id, kind, display_name, mode, state,
+           wake_policy, deadline_at) SELECT gen_random_uuid(), 1, $1, $1, $2, 'subagent', 'n', 'background', 'running', 'silent',
+           now() + interval '1 hour' RETURNING id""",
+        parse_id(Prefix.SESSION, session),
+        parse_id(Prefix.SESSION, await stack.create_session()),
+    )
+    skill = await stack.client.post("skills", json={"skill_md": "---\nname: described\ndescription: x\n---\nx"})
     workspace = session.replace("session_", "wsp_")
     for path in ("described.txt", "described/inner.txt"):
         await stack.client.post(f"workspaces/{workspace}/fs/{path}", json={"content": "x"})
@@ -173,7 +211,10 @@ async def real_ids(stack: Stack) -> dict[str, str]:
         "model_id": models[0]["id"],
         "provider_id": models[0]["provider_id"],
         "key": models[0]["id"],
+        "schedule_id": schedule.json()["id"],
+        "task_id": format_id(Prefix.TASK, task),
         "capability_id": "current_time",
+        "skill_id": skill.json()["id"],
         "org": f"org_{1:032x}",
     }
 
@@ -184,7 +225,8 @@ def run_schemathesis(url: str, ids: dict[str, str]) -> dict[str, str]:
     schema = schemathesis.openapi.from_url(url)
     # Rules that JSON Schema cannot say (a model that exists, one of two fields, sizes in bytes) are told with 400, too.
     acceptance = schema.config.checks.positive_data_acceptance
-    acceptance.expected_statuses = [*acceptance.expected_statuses, "400"]
+    # Those of a SKILL.md are told with 422, as published.
+    acceptance.expected_statuses = [*acceptance.expected_statuses, "400", "422"]
     operations = [result.ok() for result in schema.get_all_operations() if isinstance(result, Ok)]
     assert len(operations) > 40
     problems: dict[str, str] = {}

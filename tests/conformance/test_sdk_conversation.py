@@ -479,7 +479,6 @@ async def test_any_key_is_accepted_without_authentication(stack: Stack, monkeypa
 # --- completeness ---------------------------------------------------------------------------------------------------------
 
 LATER = {
-    "agents.analyze": "agent analysis: advice on an agent's shape",
     "agents.list_health_checks": "health checks: scripted conversations with a verdict",
     "agents.trigger_health_check": "health checks",
     "agents.get_health_check": "health checks",
@@ -489,25 +488,10 @@ LATER = {
     "agents.diff_versions": "agent versions",
     "agents.fork_version": "agent versions",
     "agents.rollback_version": "agent versions",
-    "sessions.budgets": "budgets",
-    "sessions.budget_check": "budgets",
-    "sessions.resume": "budgets: only a budget pauses a session",
-    "capabilities.list_guardrail_examples": "guardrails",
-    "capabilities.dry_run_guardrails": "guardrails",
-    **{
-        f"memories.{name}": "memories"
-        for name in (
-            *("list", "create", "get", "update", "delete", "sync", "list_files", "read_file", "download_file"),
-            *("create_file", "create_dir", "update_file", "delete_file", "grep_files", "stat_file"),
-        )
-    },
-    **{
-        f"budgets.{name}": "budgets"
-        for name in ("create", "list", "get", "update", "delete", "top_up", "ledger", "check")
-    },
-    **{f"connections.{name}": "user connections" for name in ("set", "list", "remove")},
 }
 """What the SDK can call and this server does not have yet, with what it belongs to."""
+
+GIT: dict[str, object] = {"url": "https://example.com/docs.git"}
 
 GROUPS = (
     *("agents", "sessions", "messages", "events", "capabilities", "harnesses", "models"),
@@ -537,6 +521,13 @@ async def test_every_sdk_method_works_or_is_listed_as_later_work(sdk: Everruns, 
     session = await sdk.sessions.create(agent_id=agent.id, tools=[LOOK])
     other_id = generate_agent_id()
     workspace = await sdk.workspaces.create("complete")
+    memory = await sdk.memories.create("complete")
+
+    async def sync_memory() -> object:
+        remote = next(one for one in await sdk.memories.list() if one.source_type == "git")
+        return await sdk.memories.sync(remote.id)
+
+    budget = await sdk.budgets.create("session", session.id, "usd", 10)
 
     async def tool_results() -> object:
         await sdk.messages.create(session.id, "go")
@@ -556,7 +547,10 @@ async def test_every_sdk_method_works_or_is_listed_as_later_work(sdk: Everruns, 
         "models.get": lambda: sdk.models.get(model),
         "capabilities.list": lambda: sdk.capabilities.list(search="time", offset=0, limit=5),
         "capabilities.list_page": lambda: sdk.capabilities.list_page(limit=1),
+        "agents.analyze": lambda: sdk.agents.analyze("Help.", capabilities=[AgentCapabilityConfig(ref="current_time")]),
         "capabilities.get": lambda: sdk.capabilities.get("current_time"),
+        "capabilities.list_guardrail_examples": sdk.capabilities.list_guardrail_examples,
+        "capabilities.dry_run_guardrails": lambda: sdk.capabilities.dry_run_guardrails({}, "output", "x"),
         "agents.create": lambda: sdk.agents.create("complete-2", "x"),
         "agents.apply": lambda: sdk.agents.apply(other_id, "complete-3", "x"),
         "agents.apply_by_name": lambda: sdk.agents.apply_by_name("complete-3", "y"),
@@ -572,6 +566,17 @@ async def test_every_sdk_method_works_or_is_listed_as_later_work(sdk: Everruns, 
         "sessions.get": lambda: sdk.sessions.get(session.id),
         "sessions.pin": lambda: sdk.sessions.pin(session.id),
         "sessions.unpin": lambda: sdk.sessions.unpin(session.id),
+        "budgets.create": lambda: sdk.budgets.create("session", session.id, "usd", 1),
+        "budgets.list": lambda: sdk.budgets.list(subject_type="session", subject_id=session.id),
+        "budgets.get": lambda: sdk.budgets.get(budget.id),
+        "budgets.update": lambda: sdk.budgets.update(budget.id, limit=20),
+        "budgets.top_up": lambda: sdk.budgets.top_up(budget.id, 5, description="more"),
+        "budgets.ledger": lambda: sdk.budgets.ledger(budget.id, limit=10, offset=0),
+        "budgets.check": lambda: sdk.budgets.check(budget.id),
+        "sessions.budgets": lambda: sdk.sessions.budgets(session.id),
+        "sessions.budget_check": lambda: sdk.sessions.budget_check(session.id),
+        "sessions.resume": lambda: sdk.sessions.resume(session.id),
+        "budgets.delete": lambda: sdk.budgets.delete(budget.id),
         "sessions.set_secrets": lambda: sdk.sessions.set_secrets(session.id, {"TOKEN": "of this test"}),
         "messages.create_tool_results": tool_results,
         "events.stream": stream,
@@ -594,6 +599,24 @@ async def test_every_sdk_method_works_or_is_listed_as_later_work(sdk: Everruns, 
         "workspace_files.copy_file": lambda: sdk.workspace_files.copy_file(workspace.id, "/a.txt", "/dir/c.txt"),
         "workspace_files.move_file": lambda: sdk.workspace_files.move_file(workspace.id, "/a.txt", "/d.txt"),
         "workspace_files.delete": lambda: sdk.workspace_files.delete(workspace.id, "dir", recursive=True),
+        "memories.create": lambda: sdk.memories.create("complete-2", source=GIT),
+        "memories.list": lambda: sdk.memories.list(search="complete", include_archived=True),
+        "memories.get": lambda: sdk.memories.get(memory.id),
+        "memories.update": lambda: sdk.memories.update(memory.id, description="d"),
+        "memories.create_file": lambda: sdk.memories.create_file(memory.id, "/a.txt", "a"),
+        "memories.create_dir": lambda: sdk.memories.create_dir(memory.id, "dir"),
+        "memories.list_files": lambda: sdk.memories.list_files(memory.id),
+        "memories.read_file": lambda: sdk.memories.read_file(memory.id, "a.txt"),
+        "memories.update_file": lambda: sdk.memories.update_file(memory.id, "a.txt", "b"),
+        "memories.download_file": lambda: sdk.memories.download_file(memory.id, "a.txt"),
+        "memories.grep_files": lambda: sdk.memories.grep_files(memory.id, "b", path_pattern="*.txt"),
+        "memories.stat_file": lambda: sdk.memories.stat_file(memory.id, "a.txt"),
+        "memories.delete_file": lambda: sdk.memories.delete_file(memory.id, "a.txt"),
+        "memories.sync": sync_memory,
+        "memories.delete": lambda: sdk.memories.delete(memory.id),
+        "connections.set": lambda: sdk.connections.set("brave", "of this test"),
+        "connections.list": sdk.connections.list,
+        "connections.remove": lambda: sdk.connections.remove("brave"),
         "workspaces.delete": lambda: sdk.workspaces.delete(workspace.id),
         "sessions.delete": lambda: sdk.sessions.delete(session.id),
         "agents.delete": lambda: sdk.agents.delete(agent.id),

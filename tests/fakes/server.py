@@ -23,6 +23,16 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 HELLO: Final = Answer(text=["Hello", " there."])
 
 
+async def received(receive: Receive) -> bytes:
+    """The whole body of a request."""
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            return body
+
+
 class Recorded(Struct, frozen=True, kw_only=True):
     """A request as it arrived. Header names are lower case."""
 
@@ -156,12 +166,7 @@ class FakeProvider:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        body = b""
-        while True:
-            message = await receive()
-            body += message.get("body", b"")
-            if not message.get("more_body"):
-                break
+        body = await received(receive)
         request = Recorded(
             method=scope["method"],
             path=scope["path"],

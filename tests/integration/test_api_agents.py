@@ -55,8 +55,10 @@ async def test_put_says_whether_it_created(client: httpx.AsyncClient) -> None:
 
 
 async def test_patch_changes_what_it_names_only(client: httpx.AsyncClient, make_agent) -> None:
-    agent = await make_agent(description="d", max_iterations=7, tags=["t"], mcp_servers={"a": {"url": "x"}})
-    assert agent["mcpServers"] == {"a": {"url": "x"}}
+    agent = await make_agent(
+        description="d", max_iterations=7, tags=["t"], mcp_servers={"a": {"url": "https://example.com/mcp"}}
+    )
+    assert agent["mcpServers"] == {"a": {"url": "https://example.com/mcp"}}
     changed = (await client.patch(f"{AGENTS}/{agent['id']}", json={"system_prompt": "Other."})).json()
     assert changed["system_prompt"] == "Other."
     assert (changed["description"], changed["max_iterations"], changed["tags"]) == ("d", 7, ["t"])

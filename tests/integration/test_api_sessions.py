@@ -42,7 +42,8 @@ async def test_an_empty_session_has_every_field_clients_insist_on(make_session, 
     assert session["organization_id"] == "org_00000000000000000000000000000001"
     assert session["owner_principal_id"] == "principal_00000000000000000000000000000001"
     assert session["workspace_id"] == "wsp_" + session["id"].partition("_")[2]
-    assert (session["status"], session["is_pinned"], session["features"]) == ("started", False, [])
+    assert (session["status"], session["is_pinned"]) == ("started", False)
+    assert session["features"] == ["file_system", "key_value", "secrets", "schedules"]
     assert session["usage"] == {"input_tokens": 0, "output_tokens": 0}
     assert session["capabilities"] == session["tools"] == session["tags"] == []
     events = await services.log.read(session["id"], after_sequence=0, limit=10)
@@ -63,7 +64,7 @@ async def test_a_session_is_served_as_it_was_created(client: httpx.AsyncClient, 
         "tags": ["a"],
         "hints": {"widgets": True},
         "max_iterations": 5,
-        "mcp_servers": {"a": {"url": "x"}},
+        "mcp_servers": {"a": {"url": "https://example.com/mcp"}},
         "network_access": {"allowed": ["example.com"]},
         "parallel_tool_calls": True,
         "agent_identity_id": "identity_" + "a" * 32,

@@ -79,7 +79,7 @@ async def test_a_workspace_is_archived_reactivated_and_deleted_with_its_files(
 ) -> None:
     url = f"{API}/workspaces/{workspace['id']}"
     await create(client, fs, "/locked", is_readonly=True)
-    assert refused(await client.patch(url, json={"status": "deleted"}), 409, "conflict", None)
+    assert refused(await client.patch(url, json={"status": "deleted"}), 409, "conflict", "status")
     for _ in range(2):
         assert (await client.delete(url)).status_code == 204
     archived = (await client.get(url)).json()

@@ -38,6 +38,12 @@ class Workspace(PlainContext):
         self.written: list[tuple[str, bool]] = []
         self.streamed: list[tuple[str, str]] = []
         self.something_streamed = asyncio.Event()
+        self.calls = 0
+
+    def retried(self) -> None:
+        """The next call is the last one once more, after its worker was lost."""
+        self.calls -= 1
+        self.attempt = 2
 
     @property
     def files(self) -> DatabaseFiles:
@@ -51,6 +57,8 @@ class Workspace(PlainContext):
         self.something_streamed.set()
 
     async def bash(self, commands: str, /, tool: Tool = BASH, **arguments: object) -> dict[str, Any]:
+        self.calls += 1
+        self.idempotency_key = f"key_{self.calls}"
         async with asyncio.timeout(DEADLINE_SECONDS):
             outcome = await call_tool(tool, self, {"commands": commands, **arguments})
         assert outcome.error is None, outcome.error
@@ -105,7 +113,7 @@ def test_it_is_of_high_risk_brings_the_file_tools_and_has_its_old_name() -> None
     found = registry.get("virtual_bash")
     assert found is not None
     assert (found.id, found.risk_level) == ("bashkit_shell", "high")
-    assert BASH.side_effect is SideEffect.AT_MOST_ONCE
+    assert BASH.side_effect is SideEffect.IDEMPOTENT
     registry.check_refs([CapabilityRef(ref="virtual_bash")])
 
 
@@ -114,6 +122,42 @@ def test_an_alias_cannot_be_registered_twice() -> None:
     registry.register(capability())
     with pytest.raises(ValueError, match="already registered"):
         registry.register(capability())
+
+
+# --- once, whatever happens to workers --------------------------------------------------------------------------------------
+
+
+async def test_a_script_whose_changes_are_stored_is_not_run_again(workspace: Workspace) -> None:
+    first = await workspace.bash("echo x >> log; echo ran; exit 3")
+    workspace.retried()
+    again = await workspace.bash("echo x >> log; echo ran; exit 3")
+    assert (again["exit_code"], again["stdout"]) == (first["exit_code"], first["stdout"]) == (3, "ran\n")
+    assert "not run again" in again["notes"][0]
+    assert await workspace.tree() == {"/log": b"x\n"}
+
+
+async def test_a_script_whose_changes_were_not_stored_runs_again(workspace: Workspace) -> None:
+    workspace.calls = 1
+    workspace.retried()
+    assert (await workspace.bash("echo x >> log"))["files_changed"] == [{"path": "/workspace/log", "change": "created"}]
+    assert await workspace.tree() == {"/log": b"x\n"}
+
+
+async def test_an_attempt_that_was_thought_lost_does_not_store_its_changes_over_those_of_the_next(
+    workspace: Workspace,
+) -> None:
+    await workspace.bash("echo x >> log; echo first")
+    workspace.calls -= 1  # the same call, its first attempt: it looked before the other one had stored anything
+    late = await workspace.bash("echo y >> log; echo late")
+    assert late["stdout"] == "first\n"
+    assert await workspace.tree() == {"/log": b"x\n"}
+
+
+async def test_a_file_that_somebody_changed_meanwhile_leaves_no_receipt(workspace: Workspace) -> None:
+    await workspace.files.write("/locked", b"", is_readonly=True)
+    assert "Nothing the script changed was kept" in (await workspace.bash("echo x > locked; echo y > free"))["notes"][0]
+    workspace.retried()
+    assert (await workspace.bash("echo y > free"))["files_changed"]
 
 
 # --- the workspace --------------------------------------------------------------------------------------------------------
@@ -349,9 +393,9 @@ async def test_a_shell_that_hangs_or_dies_is_an_error_the_model_can_read(workspa
     for source, expected in (
         ("import time\ntime.sleep(100)", "was killed"),
         ("raise SystemExit(1)", "ended without a result"),
-        ("import sys\nsys.stdin.buffer.read()\nsys.stdout.buffer.write(b'r\\0\\0\\0\\2{}')", "ended without a result"),
+        ("import sys\nsys.stdin.buffer.read(1)\nsys.stdout.buffer.write(b'r\\0\\0\\0\\2{}')", "ended without a result"),
         (
-            "import sys\nsys.stdin.buffer.read()\nsys.stdout.buffer.write(b'o\\xff\\xff\\xff\\xff')",
+            "import sys\nsys.stdin.buffer.read(1)\nsys.stdout.buffer.write(b'o\\xff\\xff\\xff\\xff')",
             "ended without a result",
         ),
     ):

@@ -13,12 +13,14 @@ import msgspec
 import pytest
 
 from activities.capabilities.registry import builtin_registry
+from activities.capabilities.turn_capabilities import TurnCapabilities
 from activities.llm import load_driver
 from activities.llm.llmsim import LlmSim
 from activities.reason import ReasonActivity
 from activities.step import ReasonStep, enter
 from api.services import Services
 from db.messages import NewMessage
+from db.session_resources import DatabaseResources
 from db.turn_store import TurnStore
 from domain.events import StoredEvent, TokenUsage
 from domain.ids import DEFAULT_ORG_ID, Prefix, derived_id, new_id, parse_id
@@ -116,7 +118,9 @@ class Engine:
         async def load(provider_type: str) -> ModelDriver:
             return cast(ModelDriver, self.model) if provider_type == "llmsim" else await load_driver(provider_type)
 
-        activity = ReasonActivity(self.store, builtin_registry(), load, stall_seconds=20)
+        resources = DatabaseResources(self.services.database.pool, self.services.keyring)
+        capabilities = TurnCapabilities(builtin_registry(), resources)
+        activity = ReasonActivity(self.store, capabilities, load, stall_seconds=20)
         outcome = await activity.reason(
             ReasonInput(session_id=ref.session_id, turn_id=ref.turn_id, iteration=ref.iteration)
         )
@@ -338,7 +342,8 @@ async def test_an_attempt_that_was_overtaken_installs_nothing(engine: Engine) ->
     async def load(provider_type: str) -> ModelDriver:
         return cast(ModelDriver, engine.model)
 
-    activity = ReasonActivity(engine.store, builtin_registry(), load)
+    resources = DatabaseResources(engine.services.database.pool, engine.services.keyring)
+    activity = ReasonActivity(engine.store, TurnCapabilities(builtin_registry(), resources), load)
     with pytest.raises(StepFenced):
         await activity.reason(ReasonInput(session_id=session, turn_id=turn, iteration=1))
     assert await engine.services.database.pool.fetch("SELECT 1 FROM context_checkpoints") == []

@@ -25,7 +25,14 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE_SECONDS = 60.0
 """Starting an interpreter and a turn, on a busy machine; an example takes about one."""
 
-PYTHON_PAGES = ("README.md", "docs/quickstart.md", "docs/streaming.md", "docs/tools.md", "docs/temporal.md")
+PYTHON_PAGES = (
+    "README.md",
+    "docs/quickstart.md",
+    "docs/streaming.md",
+    "docs/tools.md",
+    "docs/temporal.md",
+    "docs/mcp-server.md",
+)
 CURL_PAGES = (
     "docs/quickstart.md",
     "docs/messages.md",
@@ -33,11 +40,37 @@ CURL_PAGES = (
     "docs/llmsim.md",
     "docs/models.md",
     "docs/workspaces.md",
+    "docs/fork-and-rewind.md",
+    "docs/memories.md",
     "docs/capabilities/test_faults.md",
     "docs/capabilities/session.md",
     "docs/capabilities/session_storage.md",
+    "docs/capabilities/memory.md",
+    "docs/capabilities/guardrails.md",
+    "docs/capabilities/prompt_canary_guardrail.md",
+    "docs/capabilities/loop_detection.md",
+    "docs/capabilities/tool_call_repair.md",
+    "docs/capabilities/parallel_tool_calls.md",
+    "docs/capabilities/message_metadata.md",
+    "docs/capabilities/infinity_context.md",
+    "docs/capabilities/session_sql_database.md",
+    "docs/capabilities/python.md",
+    "docs/capabilities/noop.md",
+    "docs/capabilities/session_tasks.md",
+    "docs/capabilities/skills.md",
+    "docs/capabilities/agent_instructions.md",
+    "docs/declarative-capabilities.md",
+    "docs/mcp.md",
+    "docs/capabilities/subagents.md",
+    "docs/capabilities/session_schedule.md",
+    "docs/schedules.md",
+    "docs/budgets.md",
+    "docs/capabilities/budgeting.md",
 )
-CAPABILITIES = [{"ref": name} for name in ("test_weather", "test_math", "current_time", "test_faults", "session")]
+CAPABILITIES = [
+    {"ref": name} for name in ("test_weather", "test_math", "current_time", "test_faults", "session", "subagents")
+]
+CAPABILITIES += [{"ref": "session_schedule"}, {"ref": "session_sql_database"}, {"ref": "python"}]
 
 EXPECTED_OUTPUT = {
     "README.md": "turn.completed after",
@@ -45,6 +78,7 @@ EXPECTED_OUTPUT = {
     "docs/streaming.md": "session.idled",
     "docs/tools.md": "accepted 1",
     "docs/temporal.md": "ended {'turn_id'",
+    "docs/mcp-server.md": "session_send_message",
 }
 
 
@@ -165,6 +199,7 @@ async def test_the_curl_examples_are_accepted(page: str, stack: Stack) -> None:
     model = (await stack.client.get("models")).json()["data"][0]
     origin = f"http://{urlsplit(stack.api).netloc}"
     workspace = (await stack.client.post("workspaces", json={"name": "examples"})).json()["id"]
+    memory = (await stack.client.post("memories", json={"name": f"examples of {page}"})).json()["id"]
     for command in examples:
         # Each in a session of its own: some scripts of llmsim run until they are cancelled.
         session = await _new_session(stack)
@@ -174,6 +209,7 @@ async def test_the_curl_examples_are_accepted(page: str, stack: Stack) -> None:
             "MODEL": model["id"],
             "PROVIDER": model["provider_id"],
             "WORKSPACE": workspace,
+            "MEMORY": memory,
         }
         request = curl_request(command, values)
         url = request.url.replace("http://127.0.0.1:9300", origin)

@@ -114,7 +114,7 @@ async def test_router_errors_have_the_envelope(
         (b"{}", "invalid_input", "system_prompt"),
         (b'{"name": "x", "system_prompt": 5}', "invalid_input", "system_prompt"),
         (b'{"name": "x", "system_prompt": "a\\u0000b"}', "invalid_input", None),
-        (b'{"name": "x", "system_prompt": "", "mcpServers": {"a": "\\u0000"}}', "invalid_input", None),
+        (b'{"name": "x", "system_prompt": "", "mcpServers": {"a": "\\u0000"}}', "invalid_input", "mcpServers.a"),
         (b'{"name": "x", "system_prompt": "\\ud800"}', "malformed_body", None),
         (b'{"name": "x", "system_prompt": "", "mcpServers": {"a":' + b"[" * 5000 + b"]" * 5000 + b"}}", None, None),
         (b"[" * 200_000, "malformed_body", None),

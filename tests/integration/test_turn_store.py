@@ -168,6 +168,21 @@ async def test_attempts_handed_over_do_not_count_as_lost(
         await store.release_step(again(ref, attempt))
 
 
+async def test_calls_handed_over_do_not_count_as_lost_and_lost_ones_do(
+    store: TurnStore, services: Services, make_session: Callable[..., Awaitable[dict[str, object]]]
+) -> None:
+    first = await acting(store, services, make_session, SideEffect.IDEMPOTENT)
+    for attempt in range(1, 3 * LOST_ATTEMPTS_BEFORE_SEAL):
+        assert isinstance(await store.begin_call(again(first, attempt), "call_a"), ToolClaim)
+        await store.release_call(again(first, attempt), "call_a")
+        # Of an attempt that has been overtaken since: says nothing about the one that runs.
+        await store.release_call(again(first, attempt - 1), "call_a")
+    for attempt in range(20, 20 + LOST_ATTEMPTS_BEFORE_SEAL):
+        assert isinstance(await store.begin_call(again(first, attempt), "call_a"), ToolClaim)
+    with pytest.raises(NoProgress):
+        await store.begin_call(again(first, 30), "call_a")
+
+
 async def test_a_call_with_effects_is_not_run_again_after_its_worker_was_lost(
     store: TurnStore, services: Services, make_session: Callable[..., Awaitable[dict[str, object]]]
 ) -> None:

@@ -16,25 +16,17 @@ from temporalio.common import WorkflowIDConflictPolicy
 from temporalio.worker import WorkflowRunner
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner
 
-from activities.act import ActActivity
-from activities.bookkeeping import BookkeepingActivities
 from activities.capabilities import test_faults as faults
 from activities.capabilities.registry import CapabilityRegistry, builtin_registry
-from activities.llm import load_driver
-from activities.mirror import EventMirror
-from activities.reason import ReasonActivity
-from db.messages import MessageStore
 from db.session_resources import DatabaseResources
 from db.turn_ending import LOST_TURN_REASON, SUPERSEDED_REASON
 from domain.events import StoredEvent
 from domain.ids import Prefix, parse_id
 from domain.model import USER_ERROR_CODES
 from infra.encryption import Keyring
-from infra.temporal_worker import WorkerOptions, running_workers
-from tests.conftest import turn_store
 from tests.stack import EVERRUNS, Json, Stack, of_type, payload
+from tests.turn_workers import turn_worker
 from workflows import contract
-from workflows.turn import Turn
 
 TOOLS = [{"ref": "test_faults"}, {"ref": "test_math"}]
 ASK_CLIENT = {"type": "client_side", "name": "ask_client", "description": "Asks.", "parameters": {"type": "object"}}
@@ -174,16 +166,21 @@ async def test_an_edit_of_the_agent_takes_effect_at_the_next_turn(stack: Stack) 
     )
     agent = created.json()["id"]
     session = await stack.create_session(agent_id=agent)
-    await stack.post_message(session, "go", llmsim=script(calling(call("test_sleep", seconds=1)), saying("Done.")))
+    twice = (calling(call("test_sleep", seconds=1)), calling(call("test_sleep", seconds=0.01)))
+    await stack.post_message(session, "go", llmsim=script(*twice, saying("Done.")))
     await stack.wait_for_event(session, "tool.started")
     edited = await stack.client.patch(f"agents/{agent}", json={"system_prompt": "Be new.", "capabilities": []})
     assert edited.status_code == 200, edited.text
     await stack.idle(session)
     await stack.ask(session, "and now?", llmsim={"mode": "fixed", "text": "New."})
-    generations = of_type(await stack.check(session), "llm.generation")
-    offered = [{tool["name"] for tool in one.get("tools", [])} for one in generations]  # type: ignore[union-attr,index]
-    assert ["test_sleep" in names for names in offered] == [True, True, False]
-    prompts = [one["messages"][0]["content"][0]["text"] for one in (generations[0], generations[2])]  # type: ignore[index]
+    log = await stack.check(session)
+    # The tools are listed with the first call of a turn; that they are there for the whole of it shows in the second result.
+    generations = of_type(log, "llm.generation")
+    listed = [one["tools"] for one in generations if "tools" in one]
+    offered = [{tool["name"] for tool in tools} for tools in listed]  # type: ignore[union-attr,index]
+    assert ["test_sleep" in names for names in offered] == [True, False]
+    assert [one["success"] for one in of_type(log, "tool.completed")] == [True, True]
+    prompts = [one["messages"][0]["content"][0]["text"] for one in (generations[0], generations[3])]  # type: ignore[index]
     assert ["Be old." in prompts[0], "Be new." in prompts[0], "Be new." in prompts[1]] == [True, False, True]
 
 
@@ -824,21 +821,8 @@ async def worker_of_ours(
     """A worker in this process on a queue of its own: a Temporal client and the queue."""
     client = await stack.temporal()
     queue = f"test-{uuid4().hex}"
-    state = turn_store(stack.log)
-    bookkeeping = BookkeepingActivities(state, MessageStore(stack.log))
-    async with running_workers(
-        client,
-        WorkerOptions(turns_queue=queue),
-        workflows=[Turn],
-        activities=[
-            ReasonActivity(state, registry, load_driver).reason,
-            ActActivity(state, registry, DatabaseResources(stack.pool, Keyring.of(None, None))).act,
-            bookkeeping.finish,
-            bookkeeping.record_message,
-        ],
-        interceptors=[EventMirror(state, worker="test")],
-        runner=runner,
-    ):
+    resources = DatabaseResources(stack.pool, Keyring.of(None, None))
+    async with turn_worker(client, queue, stack.log, resources, registry=registry, runner=runner):
         yield client, queue
 
 

@@ -203,6 +203,7 @@ class Context:
         self.network_access = access or NetworkAccessList()
         self.files = files or Files()
         self.announced: list[tuple[str, bool]] = []
+        self.config: object = None
 
     async def file_written(self, entry: FileEntry, *, created: bool) -> None:
         self.announced.append((entry.path, created))

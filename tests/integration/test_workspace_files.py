@@ -363,12 +363,19 @@ async def test_copies_share_content_and_are_files_of_their_own(files: DatabaseFi
     await check_usage(database)
 
 
-async def test_content_goes_with_the_last_file_that_has_it(files: DatabaseFiles, database: Database) -> None:
+async def test_content_goes_with_the_last_file_and_the_last_former_version_that_have_it(
+    files: DatabaseFiles, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await files.write("/kept", b"kept for forks and rewinds")
+    await files.delete("/kept")
+    assert await blob_count(database) == 1
+    monkeypatch.setattr("db.workspace_changes.WORKSPACE_HISTORY_MAX_BYTES", 0)
     other = await new_workspace(database)
     await files.write("/a", b"content")
     await other.write("/b", b"content")
     await files.write("/a", b"another")
     assert await blob_count(database) == 2
+    assert await database.pool.fetchval("SELECT count(*) FROM workspace_history") == 0
     assert (await other.read("/b"))[1] == b"content"
     await other.delete("/b")
     assert await blob_count(database) == 1
@@ -594,7 +601,6 @@ async def test_ten_thousand_files_are_written_listed_searched_copied_and_deleted
     await within_deadline(files.apply({}, [*many, "/copy", "/all", "/rest"]))
     assert await paths(files) == [f"/d{number}" for number in range(1, 10)]
     await check_usage(database)
-    assert await blob_count(database) == 0
 
 
 async def test_writers_of_the_same_contents_in_many_workspaces_do_not_lock_each_other_out(database: Database) -> None:

@@ -25,6 +25,7 @@ from domain.events import (
     LlmGeneration,
     OutputMessageCompleted,
     OutputMessageDelta,
+    OutputMessageReplaced,
     OutputMessageStarted,
     ReasonCompleted,
     ReasonRecovered,
@@ -33,6 +34,7 @@ from domain.events import (
     ReasonThinkingDelta,
     SessionActivated,
     SessionIdled,
+    SessionRewound,
     SessionStarted,
     StoredEvent,
     ToolCallRequested,
@@ -376,6 +378,9 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "read twice": edited("turn.cancelled", input_message_ids=["message_user4", "message_user3"]),
         "read unposted": edited("reason.started", 1, input_message_ids=["message_user2", "message_user9"]),
     },
+    "rewinds_go_back": {
+        "to what comes later": extra(SessionRewound(to_sequence=900, files=True), before="reason.started"),
+    },
     "turns_do_not_overlap": {
         "a turn in a turn": lost("session.idled"),
         "an end without a beginning": extra(
@@ -489,16 +494,29 @@ def test_a_fault_breaks_its_rule_and_no_other(rule: str, fault: Fault) -> None:
     assert all(violation.session_id == SESSION and violation.message for violation in violations)
 
 
-def test_a_replaced_message_may_differ_from_its_deltas() -> None:
+def test_a_replaced_message_may_differ_from_its_deltas_but_not_from_its_replacement() -> None:
     log = edited("output.message.delta", -2, delta="pours.")(example_log())
     assert [violation.rule for violation in check_log(log)] == ["deltas_add_up"]
     place = of(log, "output.message.completed", 1)
-    replacement = msgspec.structs.replace(
-        stored(9_000, GENERATION, turn="turn_1"),
-        type="output.message.replaced",
-        data=b'{"message_id":"message_agent2"}',
-    )
-    assert check_log(renumbered([*log[:place], replacement, *log[place:]])) == []
+    completed = msgspec.json.decode(log[place].data)
+    text = completed["message"]["content"][0]["text"]
+
+    def with_replacement(replacement: str) -> Log:
+        payload = OutputMessageReplaced(
+            turn_id="turn_1",
+            message_id="message_agent2",
+            guardrail_capability_id="guardrails",
+            guardrail_id="words",
+            reason_code="guardrail.blocklist",
+            replacement=replacement,
+        )
+        replaced = msgspec.structs.replace(
+            stored(9_000, GENERATION, turn="turn_1"), type=payload.event_type, data=msgspec.json.encode(payload)
+        )
+        return renumbered([*log[:place], replaced, *log[place:]])
+
+    assert check_log(with_replacement(text)) == []
+    assert [violation.rule for violation in check_log(with_replacement("another text"))] == ["deltas_add_up"]
 
 
 # --- what a client saw ------------------------------------------------------------------------------------------------

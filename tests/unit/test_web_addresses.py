@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from activities.web.addresses import Reach, parse_address, reach
+from activities.web.addresses import Reach, reach
 from activities.web.fetch import PrivateHosts
-from activities.web.network_rules import NotAllowed, check_access, parse_pattern
+from activities.web.network_rules import NotAllowed, check_access
 from activities.web.redirects import Request, next_request
 from activities.web.targets import UnusableUrl, target_of
 from domain.config import NetworkAccessList
+from domain.network_patterns import parse_address, parse_pattern
 from infra.settings import SettingsError, load_settings
 
 V4 = st.ip_addresses(v=4)
