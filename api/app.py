@@ -102,7 +102,10 @@ async def health(services: NamedDependency[Services]) -> Health:
 
 
 def create_app(services: Services, *, extra_handlers: Sequence[ControllerRouterHandler] = ()) -> Litestar:
-    """`extra_handlers` are served beside the resources, under the same prefix and the same rules."""
+    """`extra_handlers` are served beside the resources, under the same prefix and the same rules.
+
+    Requests find the services in the application's state, so that an application can be given others.
+    """
     routes = Router(
         f"{services.settings.api_prefix}/v1", route_handlers=[*ROUTERS, *extra_handlers], guards=[check_caller]
     )
@@ -111,7 +114,7 @@ def create_app(services: Services, *, extra_handlers: Sequence[ControllerRouterH
         route_handlers=[health, routes, mcp.route(), static_files()],
         on_shutdown=[mcp.close],
         dependencies={
-            "services": Provide(lambda: services, sync_to_thread=False),
+            "services": Provide(lambda: app.state.services, sync_to_thread=False),
             "caller": Provide(caller_of, sync_to_thread=False),
         },
         exception_handlers={Exception: problem_response},
@@ -121,6 +124,7 @@ def create_app(services: Services, *, extra_handlers: Sequence[ControllerRouterH
         # Ours is set up by the composition root; Litestar's would replace its handlers.
         logging_config=None,
     )
+    app.state.services = services
     app.asgi_handler = Edge(app.asgi_handler, services.settings.api_prefix)
     return app
 

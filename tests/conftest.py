@@ -184,9 +184,18 @@ def services(
     )
 
 
+@pytest.fixture(scope="session")
+def made_apps() -> list[Litestar]:
+    """The one application of all tests: to make one takes a third of a second, which is more than most tests take."""
+    return []
+
+
 @pytest.fixture
-def app(services: Services) -> Litestar:
-    return create_app(services)
+def app(services: Services, made_apps: list[Litestar]) -> Litestar:
+    if not made_apps:
+        made_apps.append(create_app(services))
+    made_apps[0].state.services = services
+    return made_apps[0]
 
 
 def turn_store(log: EventLog, keyring: Keyring | None = None) -> TurnStore:
