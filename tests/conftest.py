@@ -66,7 +66,8 @@ async def dsn(postgres: EmbeddedPostgres) -> AsyncIterator[str]:
     """A migrated database of this test alone."""
     name = f"test_{uuid4().hex}"
     admin = await asyncpg.connect(postgres.dsn("postgres"))
-    await admin.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE}")
+    # Copying files takes a third of the time of copying through the log, which is PostgreSQL's default.
+    await admin.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} STRATEGY FILE_COPY")
     yield postgres.dsn(name)
     await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
     await admin.close()
