@@ -30,7 +30,7 @@ demo: $(STAMP) ## A conversation with tools that survives two SIGKILLs of its wo
 	@exec $(BIN)/everruns demo $(ARGS)
 
 test: $(STAMP) ## Run the tests (ARGS="tests/unit -k name" narrows them)
-	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 4 --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## ruff (lint and format) and pyright
 	@$(BIN)/ruff check .
